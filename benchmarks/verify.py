@@ -133,6 +133,17 @@ LOSSLESS = {
 }
 
 
+#: Meshes of two dimensions of two ranks each.
+MESHES = {
+    "data tensor": ("strategy.mesh.data=2", "strategy.mesh.tensor=2"),
+    "data pipeline": ("strategy.mesh.data=2", "strategy.mesh.pipeline=2"),
+    "tensor pipeline": ("strategy.mesh.tensor=2", "strategy.mesh.pipeline=2"),
+    "data shard": ("strategy.mesh.data=2", "strategy.mesh.shard=2"),
+    "shard pipeline": ("strategy.mesh.shard=2", "strategy.mesh.pipeline=2", "strategy.shard=gradients"),
+    "shard tensor": ("strategy.mesh.shard=2", "strategy.mesh.tensor=2", "strategy.shard=gradients"),
+}
+
+
 def ways(ranks: int, batchnorm: bool) -> Iterator[tuple[str, tuple[str, ...], str]]:
     """The ways in which ranks train: name, keys, and what the certificate must say.
 
@@ -148,6 +159,11 @@ def ways(ranks: int, batchnorm: bool) -> Iterator[tuple[str, tuple[str, ...], st
         yield f"fsdp {shard}", ("strategy=fsdp", f"strategy.shard={shard}"), EQUAL
     # Each rank has the whole batch.
     yield "tensor_parallel", ("strategy=tensor_parallel",), EQUAL
+    if ranks == 4:
+        for name, keys in MESHES.items():
+            has_stages = "pipeline" in name
+            more = ("strategy.microbatches=3",) if has_stages else ()
+            yield f"mesh {name}", ("strategy=mesh", *keys, *more), divided if has_stages else EQUAL
     if batchnorm:
         yield "ddp local", ("strategy=ddp", "strategy.batchnorm=local"), DIFFERENT
     stages = 3 if ranks == 3 else 2

@@ -18,18 +18,26 @@ needs_network = pytest.mark.skipif(UNAVAILABLE_REASON is not None, reason=UNAVAI
 
 
 def run_on_hosts(
-    net: VirtualNetwork, function: Callable[..., Any], *args: Any, timeout: float = HANG_SECONDS
+    net: VirtualNetwork, function: Callable[..., Any], *args: Any, per_host: int = 1, timeout: float = HANG_SECONDS
 ) -> list[Any]:
-    """Like :func:`tests.harness.run_ranks`, with one rank per host."""
+    """Like :func:`tests.harness.run_ranks`, with so many ranks on each host, which are neighbours."""
     holders = [net.namespace_pid(host) for host in range(net.hosts)]
-    return run_ranks(on_host, net.hosts, holders, function, args, timeout=timeout)
+    return run_ranks(on_host, net.hosts * per_host, holders, function, args, per_host, timeout=timeout)
 
 
-def on_host(holders: Sequence[int], function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Moves a rank of the harness to the host of its number, then calls the function."""
-    host = int(os.environ["RANK"])
+def on_host(holders: Sequence[int], function: Callable[..., Any], args: tuple[Any, ...], per_host: int = 1) -> Any:
+    """Moves a rank of the harness to its host, then calls the function."""
+    rank = int(os.environ["RANK"])
+    host, local_rank = divmod(rank, per_host)
     enter.enter_namespaces(holders[host])
     os.environ.update(network.rendezvous_variables(host, len(holders)))
+    places = {
+        "RANK": rank,
+        "WORLD_SIZE": per_host * len(holders),
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": per_host,
+    }
+    os.environ.update({name: str(number) for name, number in places.items()})
     # There is no launcher, so rank 0 serves the store on its host.
     os.environ.update({"TORCHELASTIC_USE_AGENT_STORE": "False", "GLOO_SOCKET_IFNAME": "eth0"})
     return function(*args)

@@ -18,6 +18,14 @@ class StrategyConfig:
 
     name: str = setting("Name of the strategy.")
 
+    def keys_for_less_memory(self, world_size: int) -> str:
+        """What to type so that a rank keeps less of parameters, gradients and optimizer state; empty: nothing helps.
+
+        Args:
+            world_size: Number of ranks.
+        """
+        return "strategy=fsdp strategy.shard=full"
+
 
 @dataclass
 class CompressionConfig:

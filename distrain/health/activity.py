@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
+
+from distrain.health.mesh_place import place_in
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -24,6 +26,8 @@ class RankActivity:
         count: Samples of the current batch over all data shards; the last batch of an epoch may hold fewer.
         batches: Of the evaluation under way, or the last one: how many this rank has done, and how many there are.
         shard: ``(index, count)``: this rank's share of the batch; ``(0, 0)`` before the first batch.
+        mesh: Numbers of ranks along the dimensions in which they are arranged, from the outermost one on; empty until
+            that is known.
         independent_steps: The ranks do not run in lockstep, so another rank's step says nothing about this one's.
         expendable: The other ranks continue if this rank fails.
         find_samples: Maps ``epoch``, ``offset``, ``count`` and ``shard`` to the positions in the training split of a
@@ -35,7 +39,12 @@ class RankActivity:
         self.progress = self.step = self.epoch = self.offset = self.count = 0
         self.batches = self.shard = (0, 0)
         self.independent_steps = self.expendable = False
+        self.mesh: Mapping[str, int] = {}
         self.find_samples: Callable[[int, int, int, tuple[int, int]], list[int]] | None = None
+
+    def place_of(self, rank: int) -> dict[str, int]:
+        """Where a rank is in the mesh; see :func:`distrain.health.mesh_place.place_in`."""
+        return place_in(self.mesh, rank)
 
     @property
     def is_timed(self) -> bool:

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from distrain.files.escaping import Lines
 from distrain.files.terminal import FILE_ONLY, print_to_stderr
 from distrain.files.writing import to_json
 from distrain.health.last_line import print_last_line
+from distrain.health.mesh_place import place_in_words
 
 log = logging.getLogger(__name__)
 
@@ -41,17 +42,19 @@ class Failure:
         host: Name of its host.
         step: Optimizer updates it had done.
         error: Type and message of the error in one line.
+        place: The rank's number along each dimension of the mesh; empty where the ranks have one dimension.
         samples: Positions in the training split of its part of the current batch; ``None`` outside training.
         traceback: Where it failed, as Python prints it; the last known stack of a rank that could not report itself.
         time: When the failure was reported, by the clock of the rank that wrote the report.
-        others: The state of every other rank: ``rank``, ``host``, ``step``, ``doing`` (its phase), ``waiting`` (for
-            other ranks) and ``stack`` (its innermost calls).
+        others: The state of every other rank: ``rank``, ``place``, ``host``, ``step``, ``doing`` (its phase),
+            ``waiting`` (for other ranks) and ``stack`` (its innermost calls).
     """
 
     rank: int
     host: str
     step: int
     error: str
+    place: Mapping[str, int] = field(default_factory=dict)
     samples: list[int] | None = None
     traceback: str = ""
     time: str = ""
@@ -59,7 +62,8 @@ class Failure:
 
     def summary(self) -> str:
         """The failure in one line, for users."""
-        return f"rank {self.rank} on {self.host} failed at step {self.step}: {self.error}"
+        place = f" ({place_in_words(self.place)})" if self.place else ""
+        return f"rank {self.rank}{place} on {self.host} failed at step {self.step}: {self.error}"
 
 
 def archive_previous_report(run_dir: Path) -> None:
@@ -105,6 +109,7 @@ class FailureReporter:
 
     Args:
         rank: This rank.
+        place_of: Where a rank is in the mesh, as :meth:`distrain.health.activity.RankActivity.place_of` says it.
 
     Attributes:
         run_dir: Where ``failure.json`` is written; ``None`` if it is not to be written.
@@ -112,7 +117,8 @@ class FailureReporter:
         reported: The failure that was reported; ``None`` before that.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, place_of: Callable[[int], Mapping[str, int]] = lambda _: {}) -> None:
+        self._place_of = place_of
         self.run_dir: Path | None = None
         self.is_taken: Callable[[], bool] = lambda: False
         self.reported: FirstFailure | None = None
@@ -165,6 +171,8 @@ class FailureReporter:
                 log.warning("this failure could not be published to the other ranks: %s", first_line(error))
         if first.to_json() == own.to_json():
             first = own
+        first.failure.place = self._place_of(first.failure.rank)
+        if first is own:
             try:
                 add_details(failure, store)
             except Exception:

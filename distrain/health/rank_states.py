@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,11 +134,20 @@ class RankStates:
     def _timed_ranks(self) -> list[int]:
         return [rank for rank, heartbeat in self.heartbeats.items() if heartbeat.progress is not None]
 
-    def others(self, failed: int, members: Sequence[Member]) -> list[dict[str, Any]]:
-        """The states of all ranks but the failed one, as plain data for ``failure.json``."""
+    def others(
+        self, failed: int, members: Sequence[Member], place_of: Callable[[int], Mapping[str, int]]
+    ) -> list[dict[str, Any]]:
+        """The states of all ranks but the failed one, as plain data for ``failure.json``.
+
+        Args:
+            failed: That rank.
+            members: All ranks.
+            place_of: Where a rank is in the mesh.
+        """
         return [
             {
                 "rank": rank,
+                "place": place_of(rank),
                 "host": members[rank].host,
                 "step": heartbeat.step,
                 "doing": heartbeat.phase,

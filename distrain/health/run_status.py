@@ -36,6 +36,7 @@ class RankStatus:
         idle_seconds: Time since it last made progress.
         silent_seconds: Time since its last heartbeat.
         has_left: It has ended in an orderly way, or its process is gone.
+        place: Its number along each dimension of the mesh; empty where the ranks have one dimension.
     """
 
     rank: int
@@ -46,6 +47,7 @@ class RankStatus:
     idle_seconds: float
     silent_seconds: float
     has_left: bool
+    place: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ class RunStatus:
                     each.number("idle_seconds"),
                     each.number("silent_seconds"),
                     each.flag("has_left"),
+                    each.integers("place"),
                 )
                 for each in read.list("ranks")
             ],
@@ -222,6 +225,15 @@ class _Fields:
         if not isinstance(value, dict):
             raise _wrong(name)
         return _Fields(value)
+
+    def integers(self, name: str) -> dict[str, int]:
+        """Whole numbers by name; none where an older run has no such field."""
+        if name not in self.content:
+            return {}
+        inner = self.inner(name)
+        if len(inner.content) > _MOST_VALUES:
+            raise _wrong(name)
+        return {key[:_LONGEST_TEXT]: inner.integer(key) for key in inner.content}
 
     def list(self, name: str) -> list[_Fields]:
         values = self.content.get(name)

@@ -237,7 +237,7 @@ class Watch:
         states.heartbeats[self._rank], states.details[self._rank] = self._own_state()
         failure.samples = states.samples(rank, self._rank, self._activity)
         failure.traceback = failure.traceback or self._crash_dump(rank) or states.stack(rank)
-        failure.others = states.others(rank, self._members)
+        failure.others = states.others(rank, self._members, self._activity.place_of)
 
     def _crash_dump(self, rank: int) -> str:
         # In a folder that was taken the file is another process's.

@@ -114,7 +114,7 @@ class Runtime:
         self._logging = RankLogging()
         self._crash_dump: CrashDump | None = None
         self._signals = SignalHandler(self, (Runtime.__exit__.__code__, Runtime._fail.__code__))
-        self._reporter = FailureReporter(world.rank)
+        self._reporter = FailureReporter(world.rank, self.activity.place_of)
         self._watch: Watch | None = None
         self.final_barrier: Callable[[], None] = lambda: self.communicator().barrier()
         self.lost_ranks: set[int] = set()

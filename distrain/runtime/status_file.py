@@ -165,6 +165,7 @@ class StatusFile:
             max(now - observed.progress_time, 0.0),
             max(now - observed.heartbeat_time, 0.0),
             heartbeat.leaving or observed.exited,
+            self._activity.place_of(rank),
         )
 
 

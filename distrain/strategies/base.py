@@ -23,6 +23,7 @@ from distrain.config.groups import StrategyConfig
 from distrain.config.registry import choice
 from distrain.config.schema import Config
 from distrain.data.sampler import accumulated_pieces, part_sizes
+from distrain.health.mesh_place import sizes_of
 from distrain.models.freezing import FreezeSchedule
 from distrain.reporting.metrics import Stopwatch
 from distrain.runtime.consensus import AllReduceConsensus, Consensus, SingleRankConsensus
@@ -138,11 +139,10 @@ class Strategy(ABC, Generic[OptionsT_co]):
     @property
     def layout(self) -> dict[str, Any]:
         """How the ranks are arranged. State that each rank saves for itself can only be restored in the same layout."""
-        mesh = self.mesh
         return {
             "strategy": self.config.strategy.name,
             "world_size": self.runtime.world.size,
-            "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)) if mesh else {},
+            "mesh": sizes_of(self.mesh),
             "travels": self.compressed_quantity,
         }
 

@@ -13,6 +13,7 @@ from distrain.data.augmentation import transforms
 from distrain.data.base import Split, Splits
 from distrain.data.batch import Batch
 from distrain.data.loader import Loader, prefetch_depth
+from distrain.health.mesh_place import sizes_of
 from distrain.models import deferred, lora
 from distrain.models.base import DataDependentInit
 from distrain.models.build import instantiate_model
@@ -116,6 +117,7 @@ def build_trainer(plan: RunPlan, runtime: Runtime, splits: Splits) -> Trainer:
     """The trainer with all that it needs; all ranks call it together."""
     config = plan.config
     strategy = plan.strategy(config, runtime)
+    runtime.activity.mesh = sizes_of(strategy.mesh)
     if splits.class_weights is not None:
         plan.task.set_class_weights(splits.class_weights)
     starts_from_file = config.init.weights is not None and not resume.will_resume(config, runtime)

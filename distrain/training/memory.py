@@ -95,8 +95,8 @@ class MemoryWatch:
         ways = [f"trainer.micro_batch_size={max(samples // 2, 1)}"] if samples > 1 else []
         if config.model.checkpoint_activations in ("none", "auto"):
             ways.append("model.checkpoint_activations=all")
-        if config.strategy.name != "fsdp":
-            ways.append("strategy=fsdp strategy.shard=full")
+        if keys := config.strategy.keys_for_less_memory(ranks):
+            ways.append(keys)
         what = f"out of memory with {samples} samples a pass, beside what the rank holds all the time (MiB: {listed})"
         return f"{what}; type {' or '.join(ways)}. torch says: {first_line(error)}"
 

@@ -260,9 +260,11 @@ class _Trial:
         world, limit = self._tried.runtime.world, f"{self._limit / MIB:,.1f} MiB"
         # Nobody knows how much a pass needs that ran out of memory.
         needs = f"needs {needed / MIB:,.1f} MiB for" if math.isfinite(needed) else "runs out of memory with"
+        keys = self._tried.config.strategy.keys_for_less_memory(world.size)
+        ways = " and ".join(filter(None, ["model.checkpoint_activations=all", keys]))
         return (
             f"rank {world.rank} on {world.host} {needs} the fewest samples that a pass may have ({size}), and may take "
-            f"{limit}; model.checkpoint_activations=all and strategy=fsdp need less"
+            f"{limit}; to need less, type {ways}"
         )
 
     def _peak(self, size: int) -> float:

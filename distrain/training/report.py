@@ -19,6 +19,7 @@ from distrain.config.schema import Config
 from distrain.data.base import Splits
 from distrain.files.contained_folder import ContainedFolder
 from distrain.files.writing import losing_on_disk_errors, to_json
+from distrain.health.mesh_place import sizes_of
 from distrain.reporting.loggers.base import Logger
 from distrain.reporting.metrics import MetricSums, StepClock, TimedSteps, peak_memory_mb
 from distrain.reporting.origin import Origin, as_iso
@@ -223,11 +224,10 @@ class Report:
         summed = group.all_reduce(torch.tensor(list(shares.values()), dtype=torch.float64, device=exact)).tolist()
         memory = group.all_reduce(torch.tensor(peak_memory_mb(device), dtype=torch.float64, device=exact), "max")
         loss, _, count = self._means(progress.epoch_sums)
-        mesh = strategy.mesh
         return {
             "strategy": self._config.strategy.name,
             "world_size": world.size,
-            "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)) if mesh else {},
+            "mesh": sizes_of(strategy.mesh),
             "compression": self._config.compression.name,
             "epochs": progress.epoch,
             "steps": progress.step,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.files.writing import to_json
+from distrain.health.mesh_place import sizes_in_words
 from distrain.verification.comparison import THE_RANKS, Verdict
 
 #: The file's name, and the version of its format.
@@ -105,6 +106,7 @@ class Certificate:
         steps: Updates of each run.
         choices: Names of the main choices.
         ranks: Number of ranks.
+        mesh: Numbers of ranks along the dimensions in which they are arranged, from the outermost one on.
         changed: What differs from the user's configuration, in words.
         bytes_per_step: Sent by all ranks together in a step of the asked run, by kind of collective.
         origin: Command, versions, hosts, hash of the configuration.
@@ -118,6 +120,7 @@ class Certificate:
     steps: int
     choices: Mapping[str, Any]
     ranks: int
+    mesh: Mapping[str, int]
     changed: Mapping[str, str]
     bytes_per_step: Mapping[str, float]
     origin: Mapping[str, Any]
@@ -145,7 +148,9 @@ class Certificate:
         """The certificate for a terminal."""
         choices = self.choices
         compressed = "" if choices["compression"] == "none" else f" with compression={choices['compression']}"
-        run = f"{choices['strategy']}{compressed} on {self.ranks} ranks, {self.steps} steps of {choices['model']}"
+        mesh = sizes_in_words(self.mesh)
+        strategy = choices["strategy"] + (f" ({mesh})" if mesh else "")
+        run = f"{strategy}{compressed} on {self.ranks} ranks, {self.steps} steps of {choices['model']}"
         formats = " and ".join(phase.precision for phase in self.phases)
         if self.verdict == EQUAL:
             return [f"EQUAL: {run} on {choices['data']} is the training of one process, in {formats}", *self._table()]

@@ -195,6 +195,7 @@ class _Verification:
             self._runs.steps,
             short_runs.described(self._config),
             self._world.size,
+            self._asked[0].mesh,
             self._runs.changed,
             self._bytes_per_step(),
             {
@@ -346,12 +347,15 @@ class _Verification:
         serial = self._serial.steps[last]
         sent = sum(self._bytes_per_step().values())
         plain = sum(rank.uncompressed_bytes for rank in self._asked)
-        copies = max((record.copies for rank in self._asked for record in rank.steps.values()), default=0.0)
-        return {
+        steps = [record for rank in self._asked for record in rank.steps.values()]
+        copies = max((record.copies for record in steps if record.copies is not None), default=None)
+        found = {
             f"loss of step {last}": f"{loss:.6g}, of one process {serial.loss_sum / max(serial.count, 1):.6g}",
-            "bytes a step, all ranks": f"{sent:,.0f}, {plain:,.0f} for uncompressed gradients",
-            "largest distance of a rank's copy from the model": f"{copies:.1e} of its norm",
+            "bytes a step, all ranks": f"{sent:,.0f}, {plain:,.0f} without compression",
         }
+        if copies is not None:
+            found["largest distance of a rank's copy from the model"] = f"{copies:.1e} of its norm"
+        return found
 
 
 _LIMITS_IN_WORDS = (

@@ -13,6 +13,7 @@ from typing_extensions import override
 from distrain import rng
 from distrain.data.batch import Batch, Targets, map_targets, pick_targets
 from distrain.data.sampler import accumulated_pieces, part_sizes
+from distrain.health.mesh_place import sizes_of
 from distrain.strategies.base import StepResult
 from distrain.tasks.base import Evaluation
 from distrain.training.callbacks import Callback, RunView
@@ -41,7 +42,8 @@ class StepRecord:
         bytes: What it sent, by kind of collective.
         distances: From the serial run, by kind and name of the tensor: norms of the difference and of the serial one.
         hashes: Of the bits of the model's tensors after the step.
-        copies: Largest distance of this rank's parameters from the strategy's model, relative to their norm.
+        copies: Largest distance of this rank's parameters from the strategy's model, relative to their norm; ``None``
+            where a rank has no whole parameters of its own.
     """
 
     shard: tuple[int, int] = (0, 0)
@@ -54,7 +56,7 @@ class StepRecord:
     bytes: dict[str, int] = field(default_factory=dict)
     distances: dict[str, dict[str, Distance]] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
-    copies: float = 0.0
+    copies: float | None = None
 
 
 @dataclass
@@ -70,6 +72,7 @@ class RankRecord:
         tied: Names that stand for one parameter, for each such parameter.
         uncompressed_bytes: Bytes that it would send in a step without compression.
         hides_gradients: It has updated parameters by gradients that are not those of one process, by design.
+        mesh: Numbers of ranks along the dimensions in which they are arranged, from the outermost one on.
     """
 
     rank: int
@@ -80,6 +83,7 @@ class RankRecord:
     tied: list[list[str]] = field(default_factory=list)
     uncompressed_bytes: int = 0
     hides_gradients: bool = False
+    mesh: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> RankRecord:
@@ -118,7 +122,7 @@ class Recorder(Callback):
         self._trainer, self._strategy, self._reference = trainer, strategy, reference
         self._writes, self._reorders, self._skipped = writes, reorders, skipped
         world = trainer.runtime.world
-        self.record = RankRecord(world.rank, world.host)
+        self.record = RankRecord(world.rank, world.host, mesh=sizes_of(strategy.mesh))
         self._first_step, self._in_step = first_step, False
         roots = strategy.own_modules()
         self.record.parameters = [name for root in roots for name, _ in root.named_parameters(remove_duplicate=False)]
@@ -210,7 +214,7 @@ class Recorder(Callback):
             own = {name: parameter.detach().clone() for name, parameter in self._optimized()}
         state = self._strategy.model_state()
         distances = [distance(own[name], state[name]) for name in own if name in state]
-        record.copies = max((far / (near or 1.0) for far, near in distances), default=0.0)
+        record.copies = max((far / (near or 1.0) for far, near in distances), default=None)
         if run.runtime.is_main:
             record.hashes = {name: tensor_hash(tensor) for name, tensor in state.items()}
             self._keep(number, STATE, state)

@@ -1,4 +1,4 @@
-"""What each module gives in one step, as two numbers a sample, so that runs on many ranks can be laid side by side."""
+"""What each module gives in one step, in a few numbers a sample: so that runs of several ranks can be compared."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Call:
     Attributes:
         name: Of the module in the unsplit model.
         kind: Its class.
-        rows: For each sample, in the order of the share: the norm of its output, and its product with a fixed random
-            vector. Where outputs differ, the product does, but for an unlikely accident.
+        rows: For each sample, in the order of the share: the norm of its output, its product with a fixed random
+            vector, and the number of its values. Where outputs differ, the product does, but for an unlikely accident.
         draws: Whether the module drew random numbers.
     """
 
@@ -120,7 +120,7 @@ def samples_of(inputs: Any) -> int:
 
 
 def rows_of(output: Any, samples: int) -> list[list[float]]:
-    """Norm and projection of each sample's output; empty where the outputs are not laid out by samples."""
+    """Norm, projection and size of each sample's output; empty where the outputs are not laid out by samples."""
     parts = [
         tensor.detach().reshape(samples, -1).cpu().double()
         for tensor in tensors_of(output)
@@ -129,7 +129,8 @@ def rows_of(output: Any, samples: int) -> list[list[float]]:
     if not parts:
         return []
     rows = torch.cat(parts, dim=1)
-    return torch.stack((rows.norm(dim=1), rows @ _direction(rows.shape[1])), dim=1).tolist()
+    sizes = rows.new_full((len(rows),), rows.shape[1])
+    return torch.stack((rows.norm(dim=1), rows @ _direction(rows.shape[1]), sizes), dim=1).tolist()
 
 
 @functools.lru_cache(maxsize=64)
@@ -165,17 +166,35 @@ def first_difference(serial: Trace, ranks: Sequence[Trace], limit: float) -> Mod
 
 def differences(serial: Trace, ranks: Sequence[Trace]) -> Iterator[tuple[str, float]]:
     """The largest difference of each call that can be compared, in the serial run's order."""
+    # Ranks that divide layers, or hold stages of one pipeline, have the same share.
+    together: dict[tuple[int, int], list[Trace]] = {}
+    for trace in ranks:
+        if trace.shard[1]:
+            together.setdefault(trace.shard, []).append(trace)
     for key, call in serial.calls.items():
         if len(call.rows) < serial.batch:
             continue
         scale = max((row[0] for row in call.rows), default=0.0) or 1.0
         worst = 0.0
-        for trace in ranks:
-            theirs = trace.calls.get(key)
-            low, high = shard_bounds(serial.batch, *trace.shard) if trace.shard[1] else (0, 0)
-            if theirs is None or len(theirs.rows) < high - low:
-                continue
-            for mine, expected in zip(theirs.rows, call.rows[low:high], strict=False):
-                gap = max(abs(a - b) for a, b in zip(mine, expected, strict=True)) / scale
-                worst = max(worst, gap if not math.isnan(gap) else math.inf)
+        for shard, traces in together.items():
+            low, high = shard_bounds(serial.batch, *shard)
+            found = [trace.calls[key].rows[: high - low] for trace in traces if key in trace.calls]
+            for gap in _gaps([rows for rows in found if len(rows) == high - low], call.rows[low:high]):
+                worst = max(worst, gap / scale if not math.isnan(gap) else math.inf)
         yield key, worst
+
+
+def _gaps(found: Sequence[list[list[float]]], expected: list[list[float]]) -> Iterator[float]:
+    """How far the outputs for some samples are from those of the serial run.
+
+    Args:
+        found: The rows of each rank that has some. Ranks that divide a layer have a part of each row; if there are not
+            all parts, those are not compared.
+        expected: The serial run's rows.
+    """
+    for rows in zip(expected, *found, strict=True):
+        (norm, product, size), *theirs = rows
+        yield from (max(abs(row[0] - norm), abs(row[1] - product)) for row in theirs if row[2] == size)
+        parts = [row for row in theirs if row[2] != size]
+        if parts and sum(row[2] for row in parts) == size:
+            yield abs(math.hypot(*(row[0] for row in parts)) - norm)

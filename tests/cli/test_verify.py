@@ -75,7 +75,7 @@ def test_a_refusal_ends_with_the_users_own_command_mended(
 
 def certificate(verdict: str) -> Certificate:
     choices = {"strategy": "ddp", "compression": "none", "model": "simple_cnn", "data": "digits"}
-    return Certificate(verdict, [], {}, [], None, 2, choices, 2, {}, {}, {})
+    return Certificate(verdict, [], {}, [], None, 2, choices, 2, {}, {}, {}, {})
 
 
 def test_what_ends_with_exit_code_1_says_so_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
+from distrain.health.activity import RankActivity
 from distrain.health.failure_report import (
     FIRST_FAILURE_KEY,
     NO_FAILURE,
@@ -31,8 +33,10 @@ def add_details(failure: Failure, _: Store | None) -> None:
     failure.others = [{"rank": 1 - failure.rank}]
 
 
-def make_reporter(rank: int, run_dir: Path) -> FailureReporter:
-    reporter = FailureReporter(rank)
+def make_reporter(rank: int, run_dir: Path, mesh: Mapping[str, int] | None = None) -> FailureReporter:
+    activity = RankActivity()
+    activity.mesh = mesh or {"data": 2}
+    reporter = FailureReporter(rank, activity.place_of)
     reporter.run_dir = run_dir
     return reporter
 
@@ -41,11 +45,11 @@ def test_the_first_rank_to_detect_a_failure_writes_it_and_all_report_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = make_store()
-    first, second = make_reporter(0, tmp_path), make_reporter(1, tmp_path)
+    first, second = (make_reporter(rank, tmp_path, mesh={"data": 2, "shard": 1, "tensor": 2}) for rank in (0, 1))
     first.report(Failure(2, "there", 5, "the process exited"), "waited here", store, add_details)
     written = (tmp_path / "failure.json").read_text()
     second.report(Failure(1, "here", 5, "RuntimeError: connection closed"), "waited there", store, add_details)
-    line = "stopped because rank 2 on there failed at step 5: the process exited"
+    line = "stopped because rank 2 (data 1, tensor 0) on there failed at step 5: the process exited"
     assert capsys.readouterr().err == f"distrain: rank 0 {line}\ndistrain: rank 1 {line}\n"
     assert (tmp_path / "failure.json").read_text() == written
     report = json.loads(written)
@@ -55,6 +59,7 @@ def test_the_first_rank_to_detect_a_failure_writes_it_and_all_report_it(
         "host": "there",
         "step": 5,
         "error": "the process exited",
+        "place": {"data": 1, "tensor": 0},
         "samples": [3, 1],
         "traceback": "",
         "others": [{"rank": -1}],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from distrain.health.activity import RankActivity
@@ -65,7 +67,8 @@ def test_the_final_states_of_the_other_ranks_are_waited_for_but_not_forever() ->
     store.set(details_key(1), RankDetails(0, 40, 10, ["outer", "calls", "of", "wait"]).to_json())
     # Rank 2 never publishes a final state.
     states = RankStates.read(store, dict.fromkeys(range(3), Heartbeat()), members, unresponsive=(0,), interval=0)
-    assert states.others(0, members) == [
-        {"rank": 1, "host": "here", "step": 4, "doing": "", "waiting": True, "stack": ["calls", "of", "wait"]},
-        {"rank": 2, "host": "here", "step": 4, "doing": "", "waiting": False, "stack": []},
+    shared: dict[str, Any] = {"host": "here", "step": 4, "doing": ""}
+    assert states.others(0, members, lambda rank: {"tensor": rank}) == [
+        {"rank": 1, "place": {"tensor": 1}, **shared, "waiting": True, "stack": ["calls", "of", "wait"]},
+        {"rank": 2, "place": {"tensor": 2}, **shared, "waiting": False, "stack": []},
     ]

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from distrain.errors import Failed
 from distrain.optim.optimizers.build import build_optimizer
+from distrain.runtime.world import World
 from distrain.strategies import held_memory
 from distrain.training.memory import MEMORY_KINDS, MIB, is_out_of_memory, memory_line
 from tests.harness import run_ranks
-from tests.runs import NormNet, compose, small, train_on_rank
+from tests.runs import NormNet, check, compose, small, train_on_rank
 
 NORM = ("model=custom", "model._target_=tests.runs.NormNet", "+model.kwargs.norm=batch")
 RUN = ("trainer.max_steps=2", "trainer.epochs=9", "resume=never")
@@ -80,6 +81,36 @@ def test_out_of_memory_is_named_and_answered(tmp_path: Path, capsys: pytest.Capt
     assert "failed at step 0: OutOfMemory: out of memory with 10 samples a pass, beside what the rank holds" in line
     assert "type trainer.micro_batch_size=5 or model.checkpoint_activations=all or strategy=fsdp" in line
     assert "torch says: " in line
+
+
+FSDP = "strategy=fsdp strategy.shard=full"
+
+
+@pytest.mark.parametrize(
+    ("keys", "advice"),
+    [
+        (("ddp",), FSDP),
+        (("fsdp", "shard=gradients"), "strategy.shard=full"),
+        (("fsdp", "shard=full"), ""),
+        # Only ranks that hold the same can share it.
+        (("mesh", "mesh.pipeline=2", "mesh.tensor=2"), FSDP),
+        (("mesh", "mesh.tensor=2", "shard=optimizer"), "strategy.mesh.shard=2 strategy.shard=gradients"),
+        (
+            ("mesh", "mesh.data=2", "mesh.pipeline=2"),
+            "strategy.mesh.data=null strategy.mesh.shard=2 strategy.shard=gradients",
+        ),
+        (("mesh", "mesh.shard=2", "mesh.tensor=2", "shard=gradients"), ""),
+        (("mesh", "mesh.data=2", "mesh.shard=2"), "strategy.mesh.data=null strategy.mesh.shard=4"),
+        (("mesh", "mesh.shard=4", "shard=optimizer"), "strategy.shard=full"),
+    ],
+    ids=str,
+)
+def test_what_needs_less_memory_fits_the_strategy(keys: tuple[str, ...], advice: str) -> None:
+    name, *more = keys
+    options = [f"strategy={name}", *(f"strategy.{key}" for key in more)]
+    assert small(*options).strategy.keys_for_less_memory(4) == advice
+    # What is advised can be typed: behind the other keys, or in place of those of the strategy.
+    check(small(*([] if advice == FSDP else options), *advice.split()), World(0, 4, 0, 4, "here"))
 
 
 def test_what_is_a_lack_of_memory() -> None:

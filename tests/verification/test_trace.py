@@ -52,6 +52,20 @@ def test_the_first_module_is_named_whose_output_differs_for_one_sample() -> None
     assert 1e-5 < found.value < 1e-2
 
 
+def test_parts_of_a_divided_layer_are_compared_together() -> None:
+    whole = outputs()
+    # Two ranks with the same share have two and one of the three channels, and "three" whole.
+    parts = [{**whole, "one": whole["one"][:, :2]}, {**whole, "one": whole["one"][:, 2:]}]
+    ranks = [trace((0, 1), **part) for part in parts]
+    assert first_difference(trace((0, 1), **whole), ranks, LIMIT) is None
+    # Without the other part nothing is said.
+    assert first_difference(trace((0, 1), **whole), ranks[:1], LIMIT) is None
+    parts[1]["one"] = 1.001 * parts[1]["one"]
+    found = first_difference(trace((0, 1), **whole), [trace((0, 1), **part) for part in parts], LIMIT)
+    assert found is not None
+    assert found.name == "one"
+
+
 def test_a_stage_that_holds_only_some_modules_is_compared_in_those() -> None:
     whole, changed = outputs(), outputs()
     changed["three"] += 1.0
@@ -64,6 +78,7 @@ def test_a_stage_that_holds_only_some_modules_is_compared_in_those() -> None:
 def test_outputs_that_are_not_laid_out_by_samples_are_left_out() -> None:
     assert rows_of(torch.zeros(7, 2), 5) == []
     assert rows_of(torch.zeros(()), 5) == []
-    assert rows_of({"logits": torch.zeros(5, 2), "classes": torch.zeros(5, dtype=torch.int64)}, 5) == [[0.0, 0.0]] * 5
+    given = {"logits": torch.zeros(5, 2), "classes": torch.zeros(5, dtype=torch.int64)}
+    assert rows_of(given, 5) == [[0.0, 0.0, 2.0]] * 5
     # Windows of images: several rows a sample.
     assert len(rows_of(torch.zeros(20, 2), 5)) == 5

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from typing_extensions import override
 
 from distrain.config.schema import Config
 from distrain.config.setting import setting
@@ -101,6 +102,10 @@ class FSDPConfig(DDPConfig):
         affects=("execution",),
         path=True,
     )
+
+    @override
+    def keys_for_less_memory(self, world_size: int) -> str:
+        return "" if self.shard == FULL else f"strategy.shard={FULL}"
 
     @property
     def folder_of_file(self) -> Path:

@@ -6,7 +6,6 @@ same number in its group.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -44,8 +43,6 @@ from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
     from distrain.runtime.runtime import Runtime
-
-log = logging.getLogger(__name__)
 
 
 class DividedPipeline(DividedStrategy[PipelineConfig], Pipeline):
@@ -164,7 +161,7 @@ class DividedPipeline(DividedStrategy[PipelineConfig], Pipeline):
         for name in divisions:
             if not together([name]):
                 raise config_error("strategy.plan", f"{name} is in several stages; choose other strategy.boundaries")
-        log.info("%s", plan.describe(self._whole, divisions, ranks))
+        self._note_divisions(self._whole, divisions)
         return divisions
 
     def _try_stage(self, index: int, module: nn.Module) -> list[Tensor]:

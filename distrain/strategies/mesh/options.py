@@ -12,7 +12,7 @@ from distrain.config.groups import StrategyConfig
 from distrain.config.setting import setting, setting_of
 from distrain.errors import ConfigError
 from distrain.strategies.ddp import DDPConfig
-from distrain.strategies.fsdp.options import KEPT, FSDPConfig, ShardedUpdateConfig
+from distrain.strategies.fsdp.options import FULL, GRADIENTS, KEPT, FSDPConfig, ShardedUpdateConfig
 from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.tensor_parallel.options import TensorParallelConfig
 
@@ -116,6 +116,20 @@ class MeshConfig(StrategyConfig):
             value = getattr(self, key)
             if value and getattr(self.mesh, dimension) == 1:
                 raise ConfigError(f"strategy.{key}", value, f"needs strategy.mesh.{dimension} above 1", [unset])
+
+    @override
+    def keys_for_less_memory(self, world_size: int) -> str:
+        shape = self.mesh
+        divided = shape.pipeline * shape.tensor
+        alike = world_size // divided
+        if alike == 1:
+            return super().keys_for_less_memory(world_size)
+        keys = []
+        if alike > shape.shard:
+            keys += [] if shape.data is None else ["strategy.mesh.data=null"]
+            keys.append(f"strategy.mesh.shard={alike}")
+        most = GRADIENTS if divided > 1 else FULL
+        return " ".join([*keys, *([] if self.shard == most else [f"strategy.shard={most}"])])
 
     def options(self, kind: type[T], **more: Any) -> T:
         """The options of a strategy along the dimensions.

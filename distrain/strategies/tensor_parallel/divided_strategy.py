@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from distrain.communication.collectives import Communicator
 from distrain.strategies.base import OptionsT_co, StepResult, Strategy
-from distrain.strategies.tensor_parallel import divided_state
+from distrain.strategies.tensor_parallel import divided_state, plan
 from distrain.strategies.tensor_parallel.cut import Cut
 from distrain.strategies.tensor_parallel.layer_group import LayerGroup
+from distrain.strategies.tensor_parallel.layers import Division
 
 if TYPE_CHECKING:
     from distrain.data.batch import Batch
@@ -30,6 +32,7 @@ class DividedStrategy(Strategy[OptionsT_co]):
     """
 
     tensor_group: Communicator
+    _division: Mapping[str, Any] = MappingProxyType({})
     _cuts: dict[str, Cut]
     _layers: LayerGroup
     _bytes_of_layers = 0
@@ -45,6 +48,16 @@ class DividedStrategy(Strategy[OptionsT_co]):
     @override
     def eval_step(self, batch: Batch) -> StepResult:
         return self._counted_once(super().eval_step(batch))  # type: ignore[safe-super]
+
+    def _note_divisions(self, model: nn.Module, divisions: Mapping[str, Division]) -> None:
+        """Says, in the log and at the end of the run, what is divided; called before the model is."""
+        log.info("%s", plan.describe(model, divisions, self.tensor_group.size))
+        roles = {name: division.role for name, division in divisions.items()}
+        self._division = {"divided": roles, "whole": list(plan.whole_layers(model, divisions))}
+
+    @override
+    def report(self) -> dict[str, Any]:
+        return {**super().report(), "tensor_parallel": dict(self._division)}
 
     @override
     def uncompressed_bytes_per_step(self) -> int:

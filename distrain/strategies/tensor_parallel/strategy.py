@@ -5,6 +5,7 @@ Shoeybi et al. 2019, "Megatron-LM" (arXiv 1909.08053), §3.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -40,8 +41,6 @@ from distrain.tasks.base import Task
 if TYPE_CHECKING:
     from distrain.runtime.runtime import Runtime
 
-log = logging.getLogger(__name__)
-
 
 @register("strategy", "tensor_parallel", TensorParallelConfig)
 class TensorParallel(DividedStrategy[TensorParallelConfig], DataParallel[TensorParallelConfig]):
@@ -70,7 +69,6 @@ class TensorParallel(DividedStrategy[TensorParallelConfig], DataParallel[TensorP
         self.data_shard = (self.replicas.rank, self.replicas.size)
         self._layers = LayerGroup(self.tensor_group)
         self._cuts: dict[str, Cut] = {}
-        self._division: dict[str, Any] = {}
 
     @override
     @classmethod
@@ -125,9 +123,7 @@ class TensorParallel(DividedStrategy[TensorParallelConfig], DataParallel[TensorP
     def _divide(self, model: nn.Module, example: Tensor) -> Trial:
         ranks, auxiliary = self.tensor_group.size, auxiliary_weight(self.config.model) > 0
         divisions = plan.find_divisions(model, example, self.precision, self.options, ranks, auxiliary=auxiliary)
-        log.info("%s", plan.describe(model, divisions, ranks))
-        roles = {name: division.role for name, division in divisions.items()}
-        self._division = {"divided": roles, "whole": list(plan.whole_layers(model, divisions))}
+        self._note_divisions(model, divisions)
         images = images_like(example, SAMPLES)
         # A copy: a model may write into its input.
         trial = Trial(model, lambda model: [logits_of(model(images.clone()))])
@@ -164,10 +160,6 @@ class TensorParallel(DividedStrategy[TensorParallelConfig], DataParallel[TensorP
     def begin_epoch(self, epoch: int) -> None:
         super().begin_epoch(epoch)
         self._share_wholes(module_state.read(self.model).tensors)
-
-    @override
-    def report(self) -> dict[str, Any]:
-        return {**super().report(), "tensor_parallel": self._division}
 
     # --- state -------------------------------------------------------------------------------------------------------
 

@@ -77,6 +77,10 @@ def find_differences(runs: Sequence[Run]) -> list[Difference]:
         if key not in _OF_EACH_RUN and len({(run.config or {}).get(key) for run in known}) > 1:
             found.append(Difference(key, tuple((run.config or {}).get(key) for run in runs)))
     found.sort(key=lambda difference: any(difference.key not in (run.config or {}) for run in known))
+    # Keys don't say it all: the number of replicas may follow from that of the ranks.
+    meshes = tuple(run.mesh for run in runs)
+    if len(set(meshes) - {None}) > 1:
+        found.append(Difference("mesh", meshes))
     for path, label in _ORIGIN.items():
         values = tuple(None if (text := run.text(path)) is None else text[:_LONGEST_ORIGIN] for run in runs)
         if len(set(values) - {None}) > 1:

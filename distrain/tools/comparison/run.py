@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.files.untrusted import UnreadableFile, finite_number
+from distrain.health.mesh_place import sizes_in_words
 from distrain.tools.comparison.curves import Metrics, read_metrics
 from distrain.tools.comparison.run_files import RunFiles
 from distrain.tools.launching.jobs import DONE
@@ -49,6 +50,14 @@ class Run:
         """A text of the summary by its dotted path, or ``None``."""
         value = self._value(path)
         return value if isinstance(value, str) else None
+
+    @property
+    def mesh(self) -> str | None:
+        """The mesh of the run's ranks in words; ``None`` where they have one dimension, or nothing is known of it."""
+        sizes = self._value("mesh")
+        if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
+            return None
+        return shortened(sizes_in_words(sizes), _LONGEST_TEXT) or None
 
     def _value(self, path: str) -> Any:
         value: Any = self.summary
@@ -176,8 +185,9 @@ def _state(files: RunFiles, run: Run) -> tuple[str, str]:
 def describe_failure(failure: dict[str, Any]) -> str:
     """What ``failure.json`` says, in one line."""
     parts = []
-    for name in ("rank", "host", "step"):
-        if failure.get(name) is not None:
+    for name in ("rank", "place", "host", "step"):
+        # The place is empty where the ranks have one dimension.
+        if failure.get(name) not in (None, {}):
             parts.append(f"{name} {show_value(failure[name])}")
     error = " ".join(show_value(failure.get("error") or failure.get("reason") or "").split())
     return ", ".join(parts) + (f": {error}" if error and parts else error)

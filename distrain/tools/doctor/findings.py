@@ -51,6 +51,7 @@ def diagnose(examination: Examination) -> list[Finding]:
         *_versions(examination),
         *_clocks(examination),
         *_slow_links(examination),
+        *_rank_order(examination),
         *_threads(examination),
         *_gpus(examination),
         *_apple_gpus(examination),
@@ -196,9 +197,10 @@ def _slow_links(examination: Examination) -> Iterator[Finding]:
     limit = max(limit, min(statistics.median(rates.values()) / _MEDIAN_RATIO, _FAST))
     slow = {direction for direction, rate in rates.items() if rate < limit}
     than = f"the median link carries {format_rate(statistics.median(rates.values()))}"
+    instead = _for_slow_links(examination)
     advice = (
         "look at that host's port and cable (ethtool INTERFACE: Speed), and at other traffic on it; if the link "
-        "can't be improved: compression=auto, or strategy=local_sgd"
+        f"can't be improved: {instead}"
     )
     if len(slow) == len(rates):
         mean = format_rate(statistics.median(rates.values()))
@@ -206,8 +208,7 @@ def _slow_links(examination: Examination) -> Iterator[Finding]:
             "slow link",
             f"all links are slow: {mean}"
             + (f" (expected {format_rate(examination.expected)})" if examination.expected else ""),
-            "is this the host's fastest network? ip -br address lists all. If it is: compression=auto, or "
-            "strategy=local_sgd",
+            f"is this the host's fastest network? ip -br address lists all. If it is: {instead}",
         )
         return
     for facts in examination.hosts:
@@ -222,6 +223,36 @@ def _slow_links(examination: Examination) -> Iterator[Finding]:
     for source, target in sorted(slow):
         hosts = f"{examination.facts[source].host} to {examination.facts[target].host}"
         yield Finding("slow link", f"{hosts} is slow: {format_rate(rates[source, target])}; {than}", advice)
+
+
+def _for_slow_links(examination: Examination) -> str:
+    """What to type where links stay slow."""
+    hosts, sizes = len(examination.hosts), {facts.local_size for facts in examination.hosts}
+    ways = "compression=auto, or strategy=local_sgd"
+    if len(sizes) == 1 and max(sizes) > 1:
+        # With as many replicas as hosts, each is on a host.
+        ways += (
+            f"; if a model must be divided: strategy=mesh strategy.mesh.data={hosts} and all other dimensions within "
+            "a host, so that the link carries gradients alone"
+        )
+    return ways
+
+
+def _rank_order(examination: Examination) -> Iterator[Finding]:
+    """Finds a host whose ranks are not neighbours; one is enough, since other hosts have the ranks in between."""
+    machines = {rank: facts.machine for rank, facts in examination.facts.items()}
+    for facts in examination.hosts:
+        own = sorted(rank for rank, machine in machines.items() if machine == facts.machine)
+        if any(machines.get(rank, facts.machine) != facts.machine for rank in range(own[0], own[-1])):
+            yield Finding(
+                "rank order",
+                f"{facts.host} has ranks {', '.join(map(str, own))}, and other hosts have those between them: a mesh, "
+                "a pipeline and strategy.shard_size take neighbours to be on one host, and would send most between "
+                "hosts",
+                "number the ranks host by host, as torchrun does; under SLURM srun --distribution=block",
+                wrong=False,
+            )
+            return
 
 
 def _threads(examination: Examination) -> Iterator[Finding]:

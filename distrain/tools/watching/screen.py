@@ -8,6 +8,7 @@ from typing import TextIO
 
 from distrain.files.escaping import escaped
 from distrain.files.live_text import BAD, DOUBTFUL, GOOD, bar, clock, coloured, cut, display_width
+from distrain.health.mesh_place import place_in_words, sizes_in_words
 from distrain.health.run_status import RankStatus, RunStatus
 from distrain.reporting.end_table import end_table
 from distrain.tools.watching.job import (
@@ -30,6 +31,9 @@ _COLOURS = {
 }
 _LONGEST_BAR = 30
 _LONGEST_HOST = 20
+_LONGEST_PLACE = 40
+#: Titles of columns of words.
+_WORDS = frozenset({"place", "host", "phase"})
 #: The reason of a failure may be long.
 _MOST_STATE_LINES = 3
 #: Fewest rows of ranks that are shown in a low terminal.
@@ -71,8 +75,11 @@ def to_line(job: Job) -> str:
 
 
 def _title(job: Job) -> str:
-    ranks = len(job.status.ranks) if job.status else 0
-    parts = [_name(job, "strategy"), f"{ranks} rank{'s' * (ranks != 1)}" if ranks else ""]
+    ranks = job.status.ranks if job.status else []
+    # The last rank has the largest number along each dimension.
+    mesh = sizes_in_words({name: number + 1 for name, number in ranks[-1].place.items()}) if ranks else ""
+    strategy, number = _name(job, "strategy") + (f" ({mesh})" if mesh else ""), len(ranks)
+    parts = [strategy, f"{number} rank{'s' * (number != 1)}" if number else ""]
     parts += [_name(job, "model"), _name(job, "data")]
     return escaped(f"{job.name}: {', '.join(filter(None, parts))}".removesuffix(": "))
 
@@ -137,13 +144,16 @@ def _ranks(job: Job, status: RunStatus, room: int) -> list[str]:
         by_idleness = sorted(ranks, key=lambda rank: (rank.has_left, -rank.idle_seconds))
         ranks = sorted(by_idleness[: room - 1], key=lambda rank: rank.rank)
     goes_on = job.exit_code is None
-    rows = [["rank", "host", "phase", "step", "steps/s", *(("last moved", "last heard") if goes_on else ())]]
+    placed = any(rank.place for rank in ranks)
+    titles = ["rank", *(("place",) if placed else ()), "host", "phase", "step", "steps/s"]
+    rows = [[*titles, *(("last moved", "last heard") if goes_on else ())]]
     for rank in ranks:
         moved, heard = (seconds + job.age_seconds for seconds in (rank.idle_seconds, rank.silent_seconds))
         phase = "left" if rank.has_left else status.phase_of(rank)
         rows.append(
             [
                 str(rank.rank),
+                *((cut(escaped(place_in_words(rank.place)), _LONGEST_PLACE),) if placed else ()),
                 cut(escaped(rank.host), _LONGEST_HOST),
                 cut(escaped(phase), _LONGEST_HOST),
                 f"{rank.step:,}",
@@ -152,7 +162,7 @@ def _ranks(job: Job, status: RunStatus, room: int) -> list[str]:
             ]
         )
     widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
-    lines = [_GAP.join(map(_padded, row, widths, range(len(row)))).rstrip() for row in rows]
+    lines = [_GAP.join(map(_padded, row, widths, rows[0])).rstrip() for row in rows]
     left_out = len(status.ranks) - len(ranks)
     if left_out:
         steps = [rank.step for rank in status.ranks]
@@ -160,10 +170,10 @@ def _ranks(job: Job, status: RunStatus, room: int) -> list[str]:
     return lines
 
 
-def _padded(cell: str, width: int, column: int) -> str:
+def _padded(cell: str, width: int, title: str) -> str:
     space = " " * (width - display_width(cell))
-    # Host and phase are words, the other columns numbers.
-    return cell + space if column in (1, 2) else space + cell
+    # The other columns are numbers.
+    return cell + space if title in _WORDS else space + cell
 
 
 def _ago(seconds: float) -> str:

@@ -99,6 +99,10 @@ def test_a_mesh_is_the_serial_run(ranks: int, cases: list[Case], serial: dict[Ca
                 assert run["summary"][count] == expected["summary"][count], (way, more, count)
             assert run["summary"]["test_loss"] == pytest.approx(expected["summary"]["test_loss"], rel=1e-4)
             assert run["summary"]["bytes_sent_per_step"] > 0
+            if "strategy.mesh.tensor=2" in more:
+                layers = run["summary"]["tensor_parallel"]
+                assert layers["divided"], (way, more)
+                assert layers["whole"], (way, more)
         for run in runs[1:]:
             assert relative_difference(run["model"], runs[0]["model"]) == 0, (way, more)
 

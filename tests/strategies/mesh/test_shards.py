@@ -78,6 +78,7 @@ def train(*options: str) -> dict[str, Any]:
             "counts": {count: summary[count] for count in ("test_correct", "test_count", "samples", "steps")},
             "held": held_memory.bytes_by_kind(strategy.held_tensors()),
             "sent": summary["bytes_sent_per_step"],
+            "place": runtime.activity.place_of(world.rank),
         }
 
 
@@ -106,6 +107,9 @@ def test_shards_of_stages_and_of_divided_layers_train_as_one_process(
     for (way, mesh, shard), *ranks in zip(cases, *(each[: len(runs)] for each in several), strict=True):
         usual = several[0][-1] if (way, mesh) == (BATCH_NORM, STAGES) else expected[way]
         bound = 1e-11 if FP64 in WAYS[way] else 1e-5
+        other = "pipeline" if mesh == STAGES else "tensor"
+        # As messages and failure.json name them.
+        assert [rank["place"] for rank in ranks] == [{"shard": n // 2, other: n % 2} for n in range(4)]
         for rank in ranks:
             assert relative_difference(rank["model"], usual["model"]) <= bound, (way, mesh, shard)
             assert rank["counts"] == usual["counts"], (way, mesh, shard)

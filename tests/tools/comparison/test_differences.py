@@ -37,6 +37,13 @@ def test_only_keys_that_differ_are_found_with_those_that_a_run_lacks(tmp_path: P
     ]
 
 
+def test_meshes_differ_where_their_keys_do_not(tmp_path: Path) -> None:
+    config = {"strategy": {"name": "mesh", "mesh": {"data": None, "tensor": 2}}}
+    summaries = [{**SUMMARY, "mesh": {"data": replicas, "tensor": 2}} for replicas in (2, 4)]
+    runs = read(*(write_run(tmp_path / str(n), config=config, summary=each) for n, each in enumerate(summaries)))
+    assert find_differences(runs) == [Difference("mesh", ("data 2 × tensor 2", "data 4 × tensor 2"))]
+
+
 def test_a_run_without_a_configuration_makes_no_difference(tmp_path: Path) -> None:
     runs = read(write_run(tmp_path / "a"), write_run(tmp_path / "b", config=None))
     assert find_differences(runs) == []

@@ -177,6 +177,30 @@ def test_network_whose_links_are_all_slow_is_reported_once() -> None:
     assert diagnose(hundred) == []
     finding = only(dataclasses.replace(hundred, expected=125e6))
     assert finding.problem == "all links are slow: 94.4 Mbit/s (expected 1 Gbit/s)"
+    assert "strategy=mesh" not in finding.advice
+
+
+def placed(*hosts: int) -> Examination:
+    """A job with two ranks on each of two hosts, by the host of each rank."""
+    ranks = [
+        rank(number, host=f"node{host}", machine=f"machine{host}", local_rank=hosts[:number].count(host), local_size=2)
+        for number, host in enumerate(hosts)
+    ]
+    return job(*ranks)
+
+
+def test_a_mesh_is_advised_that_sends_gradients_alone_over_a_slow_link() -> None:
+    examination = placed(0, 0, 1, 1)
+    links = [dataclasses.replace(link, sent=5e6, received=5e6) for link in examination.links if link.source == 0]
+    assert "strategy=mesh strategy.mesh.data=2 and all" in only(dataclasses.replace(examination, links=links)).advice
+
+
+def test_ranks_that_are_not_numbered_host_by_host_are_noted() -> None:
+    assert diagnose(placed(0, 0, 1, 1)) == []
+    finding = only(placed(0, 1, 0, 1))
+    assert (finding.kind, finding.wrong) == ("rank order", False)
+    assert finding.problem.startswith("node0 has ranks 0, 2, and other hosts have those between them")
+    assert "srun --distribution=block" in finding.advice
 
 
 def test_clock_difference_beyond_the_measurements_accuracy_is_reported() -> None:

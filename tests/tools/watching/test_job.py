@@ -132,6 +132,7 @@ def test_a_run_elsewhere_whose_clock_is_wrong_is_known_by_its_changing_status(tm
         (json.dumps({**status().to_json(), "host": 1}), "no valid host"),
         (json.dumps({**status().to_json(), "ranks": {}}), "no valid ranks"),
         (json.dumps({**status().to_json(), "ranks": [1]}), "no valid ranks"),
+        (json.dumps(status(ranks=[rank(0, place={"data": "x"})]).to_json()), "no valid data"),
         (json.dumps({**status().to_json(), "values": {str(n): n for n in range(1001)}}), "no valid values"),
     ],
 )
@@ -143,8 +144,14 @@ def test_a_status_that_no_run_wrote_is_a_problem_in_one_line(content: str, probl
 
 
 def test_a_status_is_read_as_it_was_written() -> None:
-    for written in (status(), status(writer=ELSEWHERE, values={"train/loss": None})):
+    placed = [rank(0, place={"data": 0, "tensor": 1})]
+    for written in (status(ranks=placed), status(writer=ELSEWHERE, values={"train/loss": None})):
         assert RunStatus.from_json(json.loads(json.dumps(written.to_json()))) == written
+    # An older run says no places.
+    older = status().to_json()
+    for each in older["ranks"]:
+        del each["place"]
+    assert RunStatus.from_json(older) == status()
 
 
 def test_no_link_is_followed_and_no_pipe_is_read(tmp_path: Path) -> None:

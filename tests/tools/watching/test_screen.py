@@ -41,6 +41,19 @@ def test_a_running_job(job: Job) -> None:
     assert to_line(job).endswith("left, step 20/60, loss 0.5000, accuracy 0.7500")
 
 
+def test_ranks_of_a_mesh_are_shown_with_their_places(tmp_path: Path) -> None:
+    places = [{"data": number // 2, "tensor": number % 2} for number in range(4)]
+    ranks = [rank(number, place=place) for number, place in enumerate(places)]
+    config = {**CONFIG, "strategy": {"name": "mesh"}}
+    lines = to_lines(read(write_job(tmp_path / "run", status(ranks=ranks), config=config)), 100, 24, io.StringIO())
+    assert lines[0] == "run: mesh (data 2 × tensor 2), 4 ranks"
+    assert lines[-5:-2] == [
+        "rank  place             host   phase     step  steps/s  last moved  last heard",
+        "   0  data 0, tensor 0  host0  training    20      4.0   0.5 s ago   0.2 s ago",
+        "   1  data 0, tensor 1  host1  training    20      4.0   0.5 s ago   0.2 s ago",
+    ]
+
+
 def test_a_job_that_has_ended_shows_what_it_came_to(tmp_path: Path) -> None:
     lines = to_lines(read(write_job(tmp_path / "run", status(running=False), summary=SUMMARY)), 80, 24, io.StringIO())
     assert lines[1] == "ended"
