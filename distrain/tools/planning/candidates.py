@@ -119,8 +119,7 @@ def _fsdp(setting: Setting, compressors: Sequence[str]) -> Iterator[Candidate]:
     if ranks == 1 or setting.workload.batch_size < ranks:
         return
     keys = {"strategy": "fsdp"}
-    block_mb = setting.workload.block_mb
-    full = {**keys, "strategy.shard": FULL, **({} if block_mb is None else {"strategy.block_mb": str(block_mb)})}
+    full = {**keys, **_keys_of_full(setting)}
     for shard in SHARDS:
         yield _candidate(fsdp.predict, full if shard == FULL else {**keys, "strategy.shard": shard}, shard=shard)
     kept = {**full, "strategy.reshard_after_forward": "false"}
@@ -128,6 +127,12 @@ def _fsdp(setting: Setting, compressors: Sequence[str]) -> Iterator[Candidate]:
     if 1 < per_host < ranks:
         # Hosts are replicas of each other.
         yield _candidate(fsdp.predict, {**full, "strategy.shard_size": str(per_host)}, shard=FULL, shard_size=per_host)
+
+
+def _keys_of_full(setting: Setting) -> dict[str, str]:
+    """Keys of ``shard=full``, with blocks as the training names them."""
+    block_mb = setting.workload.block_mb
+    return {"strategy.shard": FULL, **({} if block_mb is None else {"strategy.block_mb": str(block_mb)})}
 
 
 def _tensor_parallel(setting: Setting, compressors: Sequence[str]) -> Iterator[Candidate]:
@@ -259,7 +264,7 @@ def _of_shape(setting: Setting, shape: Shape) -> Iterator[Candidate]:
     # Stages and divided layers keep all of their parameters.
     shard = FULL if shape.ranks_of_replica == 1 else GRADIENTS
     if shape.shard > 1:
-        keys["strategy.shard"] = shard
+        keys |= _keys_of_full(setting) if shard == FULL else {"strategy.shard": shard}
     if shape.pipeline > 1:
         share = -(-setting.workload.batch_size // shape.replicas)
         for microbatches in _microbatches(setting, share):

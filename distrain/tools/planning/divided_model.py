@@ -56,6 +56,11 @@ class Divisions:
     strategies: Sequence[str]
     described: Cluster | None
 
+    @property
+    def needs_times(self) -> bool:
+        """Whether times are those that are measured, and not those of a device that isn't here."""
+        return self.described is None or self.described.accelerator is None
+
     def wanted(self, workload: Workload, cluster: Cluster) -> list[tuple[int, list[int]]]:
         """The ways of dividing layers that configurations of the plan have.
 

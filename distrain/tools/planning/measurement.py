@@ -67,6 +67,8 @@ _FEWEST_SAMPLES = 4
 _BATCHNORMS: Mapping[str, Change] = {"synchronised": synchronise_batchnorm, "deferred": defer_running_statistics}
 #: Times that the gradients are copied and hashed, or fewer in so many seconds.
 _COPIES, _COPY_SECONDS = 5, 0.3
+#: Of divided layers, a step is measured on at most so many times the samples of a step of whole layers.
+_MOST_TIMES = 4
 #: Numbers of parts into which a model that is no sequence of blocks is cut, as far as it can be.
 _PARTS = (8, 4, 2)
 
@@ -363,9 +365,10 @@ class _Measurement:
             layers.append(divide_model(divisions.config, ranks, starts, strategy, model, sequence, example))
 
         strategy = agreed(self._everyone, self._device, lambda: self._strategy(divide))
-        # About as much as a rank computes in a step of the whole model.
+        # About as much as a rank computes in a step of the whole model, though layers that stay whole take longer.
+        times = min(ranks, _MOST_TIMES) if divisions.needs_times else 1
         whole = self._micro_batch_size or self._plan.config.data.batch_size
-        size = min(ranks * largest, whole, len(self._splits.train))
+        size = min(times * largest, whole, len(self._splits.train))
         timer = StepTimer(strategy, functools.partial(self._batches, strategy), self._everyone, self._device)
         return layers[0], measure_divided(layers[0], strategy, workload, timer, self._batch(strategy, size))
 

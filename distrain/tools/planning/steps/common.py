@@ -63,7 +63,7 @@ class Setting:
         return len(self.representatives())
 
     def sums(
-        self, name: str, sizes: Sequence[float], samples: float, members: int | None = None, channel: str = LAYERS
+        self, name: str, sizes: Sequence[float], samples: float, members: int | None = None, channel: str = ""
     ) -> list[Operation]:
         """What ranks that divide layers add up in a pass, one tensor after the other, while they compute nothing.
 
@@ -72,11 +72,12 @@ class Setting:
             sizes: Bytes of each tensor for each sample.
             samples: In the pass.
             members: Simulated ranks that take part; ``None``: all.
-            channel: Of the transfer.
+            channel: Of the transfer; empty: that of the gradients if both go through the hosts' links.
         """
         if self.layers is None or not sizes:
             return []
         found = sum((self.network.all_reduce(samples * size, self.layers) for size in sizes), Duration())
+        channel = channel or (REPLICAS if self.layers.hosts > 1 else LAYERS)
         return [Start(name, found, members or self.members, channel), Wait(name)]
 
     def stragglers_of_layers(self, computed: float, passes: float) -> float:
