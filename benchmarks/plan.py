@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--hosts", nargs="*", type=int, default=[2, 4], help="hosts of test networks")
     parser.add_argument("--rates", nargs="+", default=["none", "1gbit", "100mbit"])
     parser.add_argument("--check", type=int, default=8, help="configurations to run in each setting")
-    everything = ["ddp", "fsdp", "tensor_parallel", "pipeline", "local_sgd", "parameter_server"]
+    everything = ["ddp", "fsdp", "tensor_parallel", "pipeline", "mesh", "local_sgd", "parameter_server"]
     parser.add_argument("--strategies", nargs="+", default=everything)
     parser.add_argument("--folder", type=Path, default=Path("plans"))
     arguments = parser.parse_args()

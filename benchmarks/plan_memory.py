@@ -5,7 +5,8 @@ every allocation of the process from the making of the model on. The largest sum
 last steps, on the rank that has most, is compared with the prediction. Images, the process itself and what libraries
 allocate by other means are in neither.
 
-    python benchmarks/plan_memory.py [--models simple_cnn cifar_cnn resnet18] [--optimizers sgd adam] [--folder memory]
+    python benchmarks/plan_memory.py [--models simple_cnn cifar_cnn resnet18] [--optimizers sgd adam]
+        [--ranks 1 2 4] [--folder memory]
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from distrain.data.base import Splits
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.tools.planning import engine
+from distrain.tools.planning.divided_model import Divisions
 from distrain.tools.planning.measurement import measure
 from distrain.tools.planning.phases import PhaseClock
 from distrain.tools.planning.plan import typed
@@ -65,7 +67,17 @@ CONFIGURATIONS = {
         "strategy=pipeline strategy.stages=2 strategy.schedule=1f1b strategy.microbatches=4",
         "strategy=pipeline strategy.stages=2 strategy.schedule=gpipe strategy.microbatches=4",
     ],
+    4: [
+        "strategy=tensor_parallel",
+        "strategy=mesh strategy.mesh.data=2 strategy.mesh.tensor=2",
+        "strategy=mesh strategy.mesh.shard=2 strategy.mesh.tensor=2 strategy.shard=gradients",
+        "strategy=mesh strategy.mesh.shard=2 strategy.mesh.pipeline=2 strategy.shard=gradients strategy.schedule=1f1b "
+        "strategy.microbatches=4",
+        "strategy=mesh strategy.mesh.pipeline=2 strategy.mesh.tensor=2 strategy.schedule=1f1b strategy.microbatches=4",
+    ],
 }
+#: Strategies of these configurations.
+STRATEGIES = ("single", "ddp", "fsdp", "tensor_parallel", "pipeline", "mesh", "local_sgd")
 #: Steps of a run, the last of which have two merges of ``local_sgd``.
 STEPS, LAST = 13, 8
 MARK = "end of step"
@@ -89,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(KEYS), choices=KEYS)
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adam"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=list(CONFIGURATIONS), choices=CONFIGURATIONS)
     parser.add_argument("--folder", type=Path, default=Path("memory"))
     parser.add_argument("--on-rank", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -97,7 +110,7 @@ def main() -> None:
         return
     print("predicted MiB  measured MiB   error  setting")
     errors = []
-    for model, optimizer, ranks in itertools.product(arguments.models, arguments.optimizers, CONFIGURATIONS):
+    for model, optimizer, ranks in itertools.product(arguments.models, arguments.optimizers, arguments.ranks):
         folder = (arguments.folder / f"{model}_{optimizer}_{ranks}").resolve()
         folder.mkdir(parents=True, exist_ok=True)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
@@ -116,11 +129,12 @@ def on_rank(keys: Sequence[str], folder: Path) -> None:
     """What each rank of a setting does; rank 0 writes ``memory.json``."""
     world = World.from_environment()
     config = compose_training(keys)
-    options = engine.Options(strategies=("single", "ddp", "fsdp", "pipeline", "local_sgd"), compressors=())
+    options = engine.Options(strategies=STRATEGIES, compressors=())
+    divisions = Divisions(with_keys(config, {"strategy": "tensor_parallel"}), STRATEGIES, None)
     run, _ = engine.check(config, world, options)
     rows: list[dict[str, Any]] = []
     with contextlib.closing(run.load()) as splits:
-        measured = measure(run, world, splits, {}, PhaseClock())
+        measured = measure(run, world, splits, {}, PhaseClock(), divisions=divisions if world.size > 2 else None)
         found = engine.predict(measured.workload, measured.cluster, options).predictions
         predictions = {typed(prediction.keys): prediction for prediction in found}
         for number, name in enumerate(CONFIGURATIONS[world.size]):

@@ -16,6 +16,7 @@ from distrain.files.terminal import show
 from distrain.runtime.command_folder import agreed_folder, short_runs
 from distrain.runtime.world import World
 from distrain.strategies.fsdp.options import FSDPConfig
+from distrain.strategies.mesh.options import MeshConfig
 from distrain.tools.launching import launch_keys, slurm
 from distrain.tools.launching.launch_keys import LaunchSettings
 from distrain.tools.planning import engine, figure
@@ -55,7 +56,7 @@ class PlanSettings:
 
     def options(self, config: Config) -> engine.Options:
         """What is asked of a plan of a training."""
-        block_mb = config.strategy.block_mb if isinstance(config.strategy, FSDPConfig) else None
+        block_mb = config.strategy.block_mb if isinstance(config.strategy, FSDPConfig | MeshConfig) else None
         cluster = Path(self.cluster) if self.cluster else None
         return engine.Options(cluster, tuple(self.strategies), block_mb=block_mb)
 

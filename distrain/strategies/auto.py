@@ -22,7 +22,7 @@ class AutoConfig(StrategyConfig):
     """Keys of ``strategy=auto``."""
 
     strategies: list[str] = setting(
-        "Strategies to choose from.", choices=("ddp", "fsdp", "pipeline", "parameter_server")
+        "Strategies to choose from.", choices=("ddp", "fsdp", "pipeline", "mesh", "parameter_server")
     )
     min_gain: float = setting(
         "Plain ddp is chosen unless another configuration shortens its step by at least this share.",

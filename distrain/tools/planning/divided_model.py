@@ -6,39 +6,75 @@ instead, so that steps show what a rank computes.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from distrain.communication.collectives import Communicator
 from distrain.config.schema import Config
 from distrain.data.batch import Batch
+from distrain.errors import ConfigError, config_error, described
 from distrain.models.foreign import auxiliary_weight
+from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks
+from distrain.strategies.pipeline.blocks import named_blocks, part_of
 from distrain.strategies.single import Single
 from distrain.strategies.tensor_parallel import plan
 from distrain.strategies.tensor_parallel.cut import model_format
 from distrain.strategies.tensor_parallel.layer_group import LayerGroup
 from distrain.strategies.tensor_parallel.layers import divide
 from distrain.strategies.tensor_parallel.options import TensorParallelConfig
-from distrain.tools.planning.step_timer import StepTimer
-from distrain.tools.planning.structure import structures
-from distrain.tools.planning.workload import BlockMemory, BlockProfile, DividedModel
+from distrain.strategies.trial_copy import trial_copy
+from distrain.tools.planning import candidates
+from distrain.tools.planning.cluster import Cluster
+from distrain.tools.planning.step_timer import StepTimer, StepTimes
+from distrain.tools.planning.steps.common import setting_of
+from distrain.tools.planning.structure import memory_of, structures
+from distrain.tools.planning.workload import BlockProfile, DividedModel, Workload, at
+
+#: Times that each block's passes are timed, where they are not long.
+_REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Division:
-    """A training with ``strategy=tensor_parallel`` to be planned.
+class Divisions:
+    """A training whose layers are to be divided.
 
     Attributes:
-        config: Of the training.
-        ranks: Among which layers are divided.
+        config: Of the training with ``strategy=tensor_parallel``.
+        strategies: Names of the strategies to look at.
+        described: A cluster that isn't here; ``None``: the ranks that measure.
     """
 
     config: Config
-    ranks: int
+    strategies: Sequence[str]
+    described: Cluster | None
+
+    @property
+    def needs_times(self) -> bool:
+        """Whether times are those that are measured, and not those of a device that isn't here."""
+        return self.described is None or self.described.accelerator is None
+
+    def wanted(self, workload: Workload, cluster: Cluster) -> list[tuple[int, list[int]]]:
+        """The ways of dividing layers that configurations of the plan have.
+
+        Args:
+            workload: The training as it was measured.
+            cluster: The ranks that measure.
+
+        Returns:
+            Numbers of ranks that divide layers, each with the index of the first block of each pipeline stage.
+        """
+        cluster = self.described or cluster
+        if cluster.accelerator is not None:
+            workload = workload.on(cluster.accelerator)
+        return candidates.divisions(setting_of(workload, cluster), self.strategies)
 
 
 class CountingGroup(LayerGroup):
@@ -68,61 +104,217 @@ class CountingGroup(LayerGroup):
         return tensor.contiguous(memory_format=self.layout_of(tensor.dim()))
 
 
-def divide_model(division: Division, strategy: Single, model: nn.Module, example: Tensor) -> CountingGroup:
+@dataclass(frozen=True)
+class DividedLayers:
+    """A model of which the first rank has its part.
+
+    Attributes:
+        group: The ranks.
+        sequence: The model as a sequence of blocks.
+        starts: Index of the first block of each stage, in one of which lies what is divided together.
+        joined: First and last block of layers that are divided together and lie in several blocks.
+    """
+
+    group: CountingGroup
+    sequence: nn.Sequential
+    starts: tuple[int, ...]
+    joined: frozenset[tuple[int, int]]
+
+    def holds_for(self, ranks: int, starts: Sequence[int]) -> bool:
+        """Whether so many ranks would divide the same layers for other stages."""
+        together = len(self.starts) == 1 or tuple(starts) == self.starts
+        cut = any(first < start <= last for start in starts for first, last in self.joined)
+        return self.group.size == ranks and together and not cut
+
+
+def divide_model(
+    config: Config,
+    ranks: int,
+    starts: Sequence[int],
+    strategy: Single,
+    model: nn.Module,
+    sequence: nn.Sequential,
+    example: Tensor,
+) -> DividedLayers:
     """Leaves of a model what the first rank has of it.
 
     Args:
-        division: Among how many ranks, and how.
+        config: Says how layers are divided.
+        ranks: Among which they are.
+        starts: Index of the first block of each pipeline stage.
         strategy: Trains the model.
         model: The whole model.
+        sequence: The same as a sequence of blocks, which have its modules.
         example: Inputs ``[N, …]``.
 
     Raises:
         ConfigError: So many ranks can't divide it.
     """
-    options = cast(TensorParallelConfig, division.config.strategy)
-    auxiliary = auxiliary_weight(division.config.model) > 0
+    options = cast(TensorParallelConfig, config.strategy)
+    count = len(named_blocks(sequence))
+    modules = dict(model.named_modules())
+
+    def homes(bounds: Sequence[int]) -> list[set[str]]:
+        parts = [part_of(sequence, *pair) for pair in itertools.pairwise(bounds)]
+        return [{name for name, module in part.named_modules() if modules.get(name) is module} for part in parts]
+
+    blocks, stages = homes(range(count + 1)), homes([*starts, count])
+    joined: set[tuple[int, int]] = set()
+
+    def together(names: Collection[str]) -> bool:
+        used = [index for name in names for index, home in enumerate(blocks) if name in home]
+        # A module that is in no block is made of several.
+        span = (min(used), max(used)) if len(used) == len(names) else (0, count - 1)
+        if span[0] < span[1]:
+            joined.add(span)
+        return len(starts) == 1 or any(home.issuperset(names) for home in stages)
+
     plan.check_patterns(options, model)
-    divisions = plan.find_divisions(model, example, strategy.precision, options, division.ranks, auxiliary=auxiliary)
-    group = CountingGroup(division.ranks, model_format(model))
+    auxiliary = auxiliary_weight(config.model) > 0
+    divisions = plan.find_divisions(
+        model, example, strategy.precision, options, ranks, auxiliary=auxiliary, together=together
+    )
+    group = CountingGroup(ranks, model_format(model))
     divide(model, divisions, group)
-    return group
+    for name in divisions:
+        _replace(sequence, modules[name], model.get_submodule(name))
+    try:
+        with trial_copy(sequence) as trial, strategy.precision.autocast(), torch.no_grad():
+            trial(example)
+    except Exception as error:  # a user's forward may raise anything
+        if len(starts) > 1:
+            raise config_error("strategy.plan", f"divided blocks fail by themselves ({described(error)})") from error
+        sequence = nn.Sequential(model)
+    return DividedLayers(group, sequence, tuple(starts), frozenset(joined))
+
+
+def _replace(sequence: nn.Module, module: nn.Module, other: nn.Module) -> None:
+    """Puts a module in the place of another one, if that is another one."""
+    if module is not other:
+        for parent in [*sequence.modules()]:
+            for key in [key for key, child in parent.named_children() if child is module]:
+                setattr(parent, key, other)
+
+
+def measure_each(
+    wanted: Iterable[tuple[int, Sequence[int]]],
+    measure: Callable[[int, Sequence[int]], tuple[DividedLayers, DividedModel]],
+) -> tuple[tuple[DividedModel, ...], list[str]]:
+    """Measures a model in each way of dividing its layers, once if stages make no difference.
+
+    Args:
+        wanted: As :meth:`Divisions.wanted` returns it; the same on all ranks.
+        measure: Measures one way. A :class:`ConfigError` says that it isn't possible.
+
+    Returns:
+        What was measured, and why the rest wasn't.
+    """
+    known: list[tuple[DividedLayers, DividedModel]] = []
+    found: list[DividedModel] = []
+    remarks: dict[int, str] = {}
+    for ranks, starts in wanted:
+        same = next((measured for layers, measured in known if layers.holds_for(ranks, starts)), None)
+        if same is not None:
+            found.append(dataclasses.replace(same, starts=tuple(starts)))
+        elif ranks not in remarks:
+            try:
+                known.append(measure(ranks, starts))
+            except ConfigError as error:
+                where = f" of {len(starts)} stages" if len(starts) > 1 else ""
+                remarks[ranks] = f"no layers{where} are divided among {ranks} ranks: {error}"
+            else:
+                found.append(known[-1][1])
+    return tuple(found), [*remarks.values()]
 
 
 def measure_divided(
-    division: Division, strategy: Single, group: CountingGroup, timer: StepTimer, batch: Batch
+    layers: DividedLayers, strategy: Single, whole: Workload, timer: StepTimer, batch: Batch
 ) -> DividedModel:
     """Measures steps of a divided model; all ranks call it together.
 
     Args:
-        division: Among how many ranks.
-        strategy: Trains the divided model.
-        group: As :func:`divide_model` returned it.
+        layers: The model.
+        strategy: Trains it.
+        whole: The training of the whole model, as it was measured.
         timer: Of this strategy.
         batch: Of as many samples as the measured steps have.
     """
     samples = len(batch)
-    # Passes of the set-up may have been counted. The step also makes what the update needs: gradients and state.
-    group.counted.clear()
+    # The step also makes what the update needs: gradients and state.
     strategy.train_step(batch)
-    sums = tuple(size / samples for size in group.counted)
     update = timer.agree(timer.update_seconds())
     steps = timer.steps(samples, update)
-    whole = nn.Sequential(strategy.model)
-    (found,) = structures(whole, batch.inputs, strategy.precision, needs_values=not steps.is_long)
-    block = BlockProfile(
-        "model",
-        found.gradients,
-        # Only the sum of both is known, and matters.
-        {samples: steps.passes / 3},
-        {samples: steps.passes * 2 / 3},
-        found.saved_bytes,
-        flops=found.flops,
-        batchnorms=found.batchnorms,
-        state_bytes=found.state_bytes,
-        kernels=found.kernels,
-        memory={"plain": BlockMemory(found.saved_bytes, {samples: float(found.extra_bytes)})},
-    )
-    return DividedModel(
-        division.ranks, block, sums, update, float(timer.optimizer_bytes()), float(timer.update_bytes())
-    )
+    costs, sums = _costs(layers, strategy, steps, batch.inputs)
+    found = structures(layers.sequence, batch.inputs, strategy.precision, needs_values=not steps.is_long)
+    measured = sum(cost.forward_ms + cost.backward_ms for cost in costs)
+    # What a block takes alone differs from its part of a whole pass.
+    scale = steps.passes / max(timer.agree(measured), 1e-6)
+    # Of blocks that fail by themselves, nothing is known but their sum.
+    wholes = whole.blocks if len(found) > 1 else whole.blocks[-1:]
+    blocks = []
+    for index, (cost, structure, (forward, backward)) in enumerate(zip(costs, found, sums, strict=True)):
+        of_whole = wholes[index]
+        block = BlockProfile(
+            of_whole.name,
+            structure.gradients,
+            _by_samples(of_whole.forward, samples, scale * cost.forward_ms),
+            _by_samples(of_whole.backward, samples, scale * cost.backward_ms),
+            structure.saved_bytes,
+            # Where a stage ends activations are whole.
+            of_whole.output_bytes,
+            of_whole.output_tensors,
+            structure.flops,
+            structure.batchnorms,
+            of_whole.begins_stage,
+            structure.state_bytes,
+            structure.kernels,
+            structure.saves_output,
+            structure.saves_input,
+            memory_of(index, {samples: found}, {}),
+            structure.batchnorm_gradients,
+            tuple(size / samples for size in forward),
+            tuple(size / samples for size in backward),
+        )
+        blocks.append(block)
+    state, needed = float(timer.optimizer_bytes()), float(timer.update_bytes())
+    return DividedModel(layers.group.size, tuple(blocks), update, state, needed, layers.starts)
+
+
+def _by_samples(whole: Mapping[int, float], samples: int, seconds: float) -> dict[int, float]:
+    """Seconds of a pass by number of samples, of which one is measured: the others as with whole layers."""
+    share = seconds / max(at(whole, samples), 1e-9)
+    return {**{size: share * at(whole, size) for size in whole if size < samples}, samples: seconds}
+
+
+#: Bytes of the tensors that are added up in a block's forward and in its backward pass.
+_Sums = tuple[list[int], list[int]]
+
+
+def _costs(
+    layers: DividedLayers, strategy: Single, steps: StepTimes, inputs: Tensor
+) -> tuple[list[BlockCost], list[_Sums]]:
+    """Times each block, and counts what is added up."""
+    group = layers.group
+    blocks = [block for _, block in named_blocks(layers.sequence)]
+    sums: list[_Sums] = [([], []) for _ in blocks]
+
+    def counting_in(counted: list[int]) -> Callable[..., None]:
+        def begin(*_: object) -> None:
+            counted.clear()
+            group.counted = counted
+
+        return begin
+
+    handles: list[RemovableHandle] = []
+    try:
+        for block, (forward, backward) in zip(blocks, sums, strict=True):
+            handles.append(block.register_forward_pre_hook(counting_in(forward)))
+            # A block's backward pass follows, before the next block begins.
+            handles.append(block.register_forward_hook(counting_in(backward)))
+        autocast, is_long = strategy.precision.autocast, steps.is_long
+        costs = measure_blocks(layers.sequence, inputs, autocast, 1 if is_long else _REPEATS, warm_up=not is_long)
+    finally:
+        for handle in handles:
+            handle.remove()
+        group.counted = []
+    return costs, sums

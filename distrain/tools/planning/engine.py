@@ -23,7 +23,7 @@ from distrain.strategies.base import strategy_class
 from distrain.tools.planning import candidates, cluster_file
 from distrain.tools.planning.calibration import Calibrated, ShortRuns, calibrated
 from distrain.tools.planning.cluster import Cluster
-from distrain.tools.planning.divided_model import Division
+from distrain.tools.planning.divided_model import Divisions
 from distrain.tools.planning.measurement import measure
 from distrain.tools.planning.phases import PhaseClock
 from distrain.tools.planning.plan import Plan, Trial
@@ -112,8 +112,8 @@ def make_plan(
         sizes = _SizeCheck(splits, trial) if trial.problem_with(1, training=True) else None
         most = _most_samples(run.config.data.batch_size, described)
         ranks = world.size if described is None else described.ranks
-        division, refusal = _division(ranks, options, config_of)
-        measured = measure(run, world, splits, compressors, clock, most, division)
+        divisions, refusal = _divisions(ranks, described, options, config_of)
+        measured = measure(run, world, splits, compressors, clock, most, divisions)
         workload = dataclasses.replace(measured.workload, block_mb=options.block_mb)
         short_runs = Calibrated(workload, [], [])
         if described is None or described.accelerator is None:
@@ -162,18 +162,19 @@ def _compressors(world: World, options: Options, config_of: ConfigOf) -> tuple[d
     return found, remarks
 
 
-def _division(ranks: int, options: Options, config_of: ConfigOf) -> tuple[Division | None, list[str]]:
+def _divisions(
+    ranks: int, described: Cluster | None, options: Options, config_of: ConfigOf
+) -> tuple[Divisions | None, list[str]]:
     """The training with divided layers, if it is asked for and allowed; and why it isn't allowed."""
-    keys = {"strategy": "tensor_parallel"}
-    if ranks == 1 or keys["strategy"] not in options.strategies:
+    if ranks == 1 or not {"tensor_parallel", "mesh"}.intersection(options.strategies):
         return None, []
     try:
-        config = config_of(keys)
+        config = config_of({"strategy": "tensor_parallel"})
         strategy_class(config).check(config, ranks)
         check_steps(config, strategy_class(config))
     except ConfigError as error:
-        return None, [f"no tensor_parallel: {error}"]
-    return Division(config, ranks), []
+        return None, [f"no layers are divided: {error}"]
+    return Divisions(config, options.strategies, described), []
 
 
 @dataclass(frozen=True)
@@ -199,10 +200,10 @@ def _without_refused(plan: Plan, config_of: ConfigOf, model: nn.Module, sizes: _
         ConfigError: Nothing is left.
     """
     ranks = plan.cluster.ranks
-    problems: dict[tuple[str, str], ConfigError | None] = {}
+    problems: dict[tuple[str, ...], ConfigError | None] = {}
     left = []
     for prediction in plan.predictions:
-        kind = prediction.keys["strategy"], prediction.keys.get("strategy.shard", "")
+        kind = _kind(prediction.keys)
         # To compose a configuration takes a while, and strategies refuse the training whatever their other keys are.
         if kind not in problems or sizes is not None:
             problem = _problem(config_of, prediction.keys, ranks, model, sizes)
@@ -211,12 +212,17 @@ def _without_refused(plan: Plan, config_of: ConfigOf, model: nn.Module, sizes: _
             problem = problems[kind]
         if problem is None:
             left.append(prediction)
-    refused = {name: problem for (name, _), problem in problems.items() if problem is not None}
+    refused = {name: problem for (name, *_), problem in problems.items() if problem is not None}
     if not left:
         raise next(iter(refused.values()))
     possible = {prediction.keys["strategy"] for prediction in left}
     remarks = [f"{'not all of' if name in possible else 'no'} {name}: {problem}" for name, problem in refused.items()]
     return dataclasses.replace(plan, predictions=left, remarks=[*plan.remarks, *remarks])
+
+
+def _kind(keys: Mapping[str, str]) -> tuple[str, ...]:
+    """Of a configuration: its strategy, what that shards, and the dimensions of a mesh."""
+    return keys["strategy"], keys.get("strategy.shard", ""), *(key for key in keys if key.startswith("strategy.mesh."))
 
 
 def _problem(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distrain.config.groups import StrategyConfig
 from distrain.config.schema import Config
 from distrain.errors import ConfigError, first_line
 from distrain.files.terminal import FILE_ONLY
@@ -93,9 +95,22 @@ def _find(content: Mapping[str, Any], config: Config, ranks: int) -> tuple[dict[
         names = keys["strategy"], keys.get("compression", "none")
         if names != (config.strategy.name, config.compression.name):
             continue
-        if choice_of("strategy", keys) == config.strategy and choice_of("compression", keys) == config.compression:
+        planned = _spelled_out(choice_of("strategy", keys), ranks)
+        if planned == _spelled_out(config.strategy, ranks) and choice_of("compression", keys) == config.compression:
             return _summary(content, prediction, config, ranks), ""
     return {}, f"it has no prediction of strategy={config.strategy.name} with these keys"
+
+
+def _spelled_out(strategy: StrategyConfig, ranks: int) -> StrategyConfig:
+    """A strategy's keys, with the number of replicas that the other dimensions of a mesh leave."""
+    if strategy.name != "mesh":
+        return strategy
+    # Importing it imports all that a mesh may stand for.
+    from distrain.strategies.mesh.options import MeshConfig
+
+    assert isinstance(strategy, MeshConfig)
+    mesh = dataclasses.replace(strategy.mesh, data=ranks // strategy.mesh.ranks_of_replica)
+    return dataclasses.replace(strategy, mesh=mesh)
 
 
 def _summary(content: Mapping[str, Any], prediction: Mapping[str, Any], config: Config, ranks: int) -> dict[str, Any]:

@@ -79,10 +79,12 @@ def draw_step(predictions: Sequence[Prediction]) -> Figure | None:
         if prediction.bubble is not None and prediction.simulated is not None:
             keys = {key.removeprefix("strategy."): value for key, value in prediction.keys.items()}
             lanes = prediction.simulated.lanes
+            stages = keys.get("stages", keys.get("mesh.pipeline"))
+            # Of the ranks that divide a stage's layers, one is drawn.
+            ranks = len(lanes) * int(keys.get("mesh.tensor", 1))
             title = (
-                f"{keys['schedule']}, {keys['stages']} stages on {len(lanes)} ranks, {keys['microbatches']} "
-                f"microbatches: a step of {1000 * prediction.seconds:.3g} ms and a bubble of {prediction.bubble:.0%}, "
-                "both predicted"
+                f"{keys['schedule']}, {stages} stages on {ranks} ranks, {keys['microbatches']} microbatches: a step of "
+                f"{1000 * prediction.seconds:.3g} ms and a bubble of {prediction.bubble:.0%}, both predicted"
             )
             return draw_timeline(lanes, title)
     return None

@@ -34,16 +34,23 @@ from distrain.strategies.batchnorm import defer_running_statistics, synchronise_
 from distrain.strategies.pipeline import split
 from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks
 from distrain.strategies.single import Single
+from distrain.strategies.tensor_parallel.agreement import agreed
 from distrain.tools.planning.batchnorm_cost import Change, extra_seconds
 from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.cluster_measurement import Rank, measure_cluster, processors
 from distrain.tools.planning.compressor_measurement import measure_compressors
-from distrain.tools.planning.divided_model import CountingGroup, Division, divide_model, measure_divided
+from distrain.tools.planning.divided_model import (
+    DividedLayers,
+    Divisions,
+    divide_model,
+    measure_divided,
+    measure_each,
+)
 from distrain.tools.planning.phases import PhaseClock
 from distrain.tools.planning.robust_mean import undisturbed
 from distrain.tools.planning.step_timer import StepTimer, StepTimes
-from distrain.tools.planning.structure import BlockStructure, pipeline_options, possible_starts, structures
-from distrain.tools.planning.workload import BlockMemory, BlockProfile, DividedModel, Workload
+from distrain.tools.planning.structure import BlockStructure, memory_of, pipeline_options, possible_starts, structures
+from distrain.tools.planning.workload import BlockProfile, DividedModel, Workload
 from distrain.training import auto_format
 from distrain.training.assembly import build_loader, build_model
 from distrain.training.run_plan import RunPlan
@@ -60,6 +67,8 @@ _FEWEST_SAMPLES = 4
 _BATCHNORMS: Mapping[str, Change] = {"synchronised": synchronise_batchnorm, "deferred": defer_running_statistics}
 #: Times that the gradients are copied and hashed, or fewer in so many seconds.
 _COPIES, _COPY_SECONDS = 5, 0.3
+#: Of divided layers, a step is measured on at most so many times the samples of a step of whole layers.
+_MOST_TIMES = 4
 #: Numbers of parts into which a model that is no sequence of blocks is cut, as far as it can be.
 _PARTS = (8, 4, 2)
 
@@ -86,7 +95,7 @@ def measure(
     compressors: Mapping[str, CompressionConfig],
     clock: PhaseClock,
     most_samples: int | None = None,
-    division: Division | None = None,
+    divisions: Divisions | None = None,
 ) -> Measured:
     """Measures; all ranks call it together.
 
@@ -97,7 +106,7 @@ def measure(
         compressors: Configurations of the compressors to time.
         clock: Times the phases.
         most_samples: Most samples of a measured step; ``None``: a rank's share of a batch.
-        division: The training with divided layers, to measure it too; ``None``: it isn't asked for.
+        divisions: The training with divided layers, to measure it too; ``None``: it isn't asked for.
 
     Returns:
         What this rank measured; what ranks measure together is the same on all of them.
@@ -113,7 +122,7 @@ def measure(
             with clock.phase("formats"):
                 plan = plan.with_config(auto_format.resolve_auto(plan.config, runtime, splits, plan.task, make_model))
             measurement = _Measurement(plan, world, splits, runtime, len(hosts))
-            return measurement.measure(compressors, most_samples, clock, division)
+            return measurement.measure(compressors, most_samples, clock, divisions)
     # Not inside, where an error means that this rank alone has failed.
     raise config_error("plan", f"hosts have different numbers of ranks: {hosts}; a plan needs the same number on each")
 
@@ -160,7 +169,7 @@ class _Measurement:
         compressors: Mapping[str, CompressionConfig],
         most_samples: int | None,
         clock: PhaseClock,
-        division: Division | None,
+        divisions: Divisions | None,
     ) -> Measured:
         ranks, batch_size = self._world.size, min(self._plan.config.data.batch_size, len(self._splits.train))
         with clock.phase("model"):
@@ -168,7 +177,7 @@ class _Measurement:
             self._timer = StepTimer(strategy, functools.partial(self._batches, strategy), self._everyone, self._device)
             sizes = self._sizes(batch_size, most_samples)
             largest = sizes[-1]
-            self._sequence_of_model = self._sequence(strategy)
+            self._sequence_of_model = self._sequence(strategy, strategy.model)
         with clock.phase("steps"):
             update = self._agree(self._timer.update_seconds())
             moving = 0.0 if self._sharpness is None else self._agree(self._timer.sharpness_seconds(self._sharpness))
@@ -201,8 +210,6 @@ class _Measurement:
             own_work = measure_compressors(
                 compressors, strategy.model, cluster.all_reduce_cost, self._everyone, self._plan.config.seed
             )
-        with clock.phase("divided layers"):
-            divided = None if division is None else self._divided(division, largest)
         crowd = cluster.slowdown_of(cluster.ranks_per_machine)
         # What takes less time than a rank's turn on a processor was timed while no more ranks computed than there are
         # processors.
@@ -228,8 +235,11 @@ class _Measurement:
             keeping_residuals=own_work.keeping_residuals,
             rounds=1 if self._sharpness is None else 2,
             sharpness_seconds=moving / briefly,
-            divided=divided and divided.faster(crowd, briefly),
         )
+        if divisions is not None:
+            with clock.phase("divided layers"):
+                divided = self._divided(divisions, workload, cluster, largest)
+            workload = dataclasses.replace(workload, divided=tuple(one.faster(crowd, briefly) for one in divided))
         return Measured(workload, cluster, [*self._remarks, *self._left_out])
 
     def _sizes(self, batch_size: int, most_samples: int | None) -> list[int]:
@@ -322,44 +332,62 @@ class _Measurement:
         copying, hashing = (statistics.median(column) for column in zip(*times[1:], strict=True))
         return copying, hashing
 
-    def _divided(self, division: Division, largest: int) -> DividedModel | None:
-        """Measures the model with divided layers; ``None`` if it can't be divided.
+    def _divided(
+        self, divisions: Divisions, workload: Workload, cluster: Cluster, largest: int
+    ) -> tuple[DividedModel, ...]:
+        """Measures the model with divided layers, in each way that is wanted and possible.
 
         Args:
-            division: Among how many ranks, and how.
+            divisions: Which ways, and how layers are divided.
+            workload: The training of the whole model.
+            cluster: These ranks.
             largest: Samples of the largest step of the whole model that was measured.
         """
-        group: list[CountingGroup] = []
+        # Ranks have measured their blocks by themselves, and all must measure the same now.
+        mine = {"wanted": divisions.wanted(workload, cluster)}
+        wanted = self._everyone.all_gather_json(mine, self._device)[0]["wanted"]
+        found, remarks = measure_each(wanted, functools.partial(self._divided_among, divisions, workload, largest))
+        self._remarks += remarks
+        return found
+
+    def _divided_among(
+        self, divisions: Divisions, workload: Workload, largest: int, ranks: int, starts: Sequence[int]
+    ) -> tuple[DividedLayers, DividedModel]:
+        """Measures one way of dividing layers: among so many ranks, for stages that begin with these blocks.
+
+        Raises:
+            ConfigError: On all ranks, if one of them can't divide the model.
+        """
+        layers: list[DividedLayers] = []
 
         def divide(strategy: Single, model: nn.Module) -> None:
-            group.append(divide_model(division, strategy, model, self._batch(strategy, 2).inputs))
+            sequence, example = self._sequence(strategy, model), self._batch(strategy, 2).inputs
+            layers.append(divide_model(divisions.config, ranks, starts, strategy, model, sequence, example))
 
-        try:
-            strategy = self._strategy(divide)
-        except ConfigError as error:
-            self._remarks.append(f"no tensor_parallel: {error}")
-            return None
-        # About as much as a rank computes in a step of the whole model.
+        strategy = agreed(self._everyone, self._device, lambda: self._strategy(divide))
+        # About as much as a rank computes in a step of the whole model, though layers that stay whole take longer.
+        times = min(ranks, _MOST_TIMES) if divisions.needs_times else 1
         whole = self._micro_batch_size or self._plan.config.data.batch_size
-        size = min(division.ranks * largest, whole, len(self._splits.train))
+        size = min(times * largest, whole, len(self._splits.train))
         timer = StepTimer(strategy, functools.partial(self._batches, strategy), self._everyone, self._device)
-        return measure_divided(division, strategy, group[0], timer, self._batch(strategy, size))
+        return layers[0], measure_divided(layers[0], strategy, workload, timer, self._batch(strategy, size))
 
     # --- blocks ------------------------------------------------------------------------------------------------------
 
-    def _sequence(self, strategy: Single) -> nn.Sequential:
-        """The model as a sequence of blocks; a single one if it can't be cut."""
+    def _sequence(self, strategy: Single, model: nn.Module) -> nn.Sequential:
+        """A model as a sequence of blocks; a single one if it can't be cut."""
         example = self._batch(strategy, 2).inputs
         auxiliary = auxiliary_weight(self._plan.config.model) > 0
         for parts in _PARTS:
             try:
                 return split.as_sequence(
-                    strategy.model, example, strategy.precision, pipeline_options(parts), auxiliary=auxiliary
+                    model, example, strategy.precision, pipeline_options(parts), auxiliary=auxiliary
                 )
             except ConfigError as error:
                 reason = str(error)
-        self._remarks.append(f"no pipelines: {reason}")
-        return nn.Sequential(strategy.model)
+        if f"no pipelines: {reason}" not in self._remarks:
+            self._remarks.append(f"no pipelines: {reason}")
+        return nn.Sequential(model)
 
     def _blocks(self, strategy: Single, size: int, *, is_long: bool) -> list[BlockCost]:
         """Times each block on a number of samples."""
@@ -443,7 +471,7 @@ class _Measurement:
                     structure.kernels,
                     structure.saves_output,
                     structure.saves_input,
-                    _memory_of(index, found, changed),
+                    memory_of(index, found, changed),
                     structure.batchnorm_gradients,
                 )
             )
@@ -454,30 +482,3 @@ class _Measurement:
     def _agree(self, value: float, reduction: Reduction = "max") -> float:
         """The largest value of all ranks, or their sum."""
         return self._timer.agree(value, reduction)
-
-
-def _memory_of(
-    index: int, plain: Mapping[int, Sequence[BlockStructure]], changed: Mapping[str, Sequence[BlockStructure]]
-) -> dict[str, BlockMemory]:
-    """What a block holds in its passes, by the kind of its BatchNorm layers.
-
-    Args:
-        index: Of the block.
-        plain: The blocks as they were found with some numbers of samples.
-        changed: The blocks with other kinds of BatchNorm layers, with the smallest of these numbers.
-    """
-    extra = {size: float(found[index].extra_bytes) for size, found in plain.items()}
-    at_end = {size: float(found[index].extra_bytes_at_end) for size, found in plain.items()}
-    memory = {"plain": BlockMemory(plain[max(plain)][index].saved_bytes, extra, at_end)}
-    small = min(plain)
-    for kind, blocks in changed.items():
-        own = _with_more(extra, blocks[index].extra_bytes - extra[small])
-        own_at_end = _with_more(at_end, blocks[index].extra_bytes_at_end - at_end[small])
-        memory[kind] = BlockMemory(blocks[index].saved_bytes, own, own_at_end)
-    return memory
-
-
-def _with_more(held: Mapping[int, float], more: float) -> dict[int, float]:
-    """Bytes by number of samples, with more at the smallest one, and in proportion to the samples at the others."""
-    smallest = min(held)
-    return {size: value + more * size / smallest for size, value in held.items()}

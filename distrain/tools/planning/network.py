@@ -157,7 +157,7 @@ class Network:
         found = Duration(link.seconds(sent), link.processor_seconds(sent), sent)
         return self._with_tokens(found, min(self._fast.seconds(sent), found.seconds))
 
-    def message(self, size: float, source: int, target: int, tensors: int = 1) -> Duration:
+    def message(self, size: float, source: int, target: int, tensors: int = 1, sharing: int = 1) -> Duration:
         """Messages from one rank to another one.
 
         Args:
@@ -165,10 +165,11 @@ class Network:
             source: Rank that sends.
             target: Rank that receives.
             tensors: Number of messages, one after the other.
+            sharing: Ranks of the host that send as much at the same time.
         """
         same = self._cluster.host_of(source) == self._cluster.host_of(target)
         inside = self._cluster.messages or self._cluster.within
-        link = inside if same else self._cluster.between
+        link = inside if same else self._between(Group(2, 1, sharing))
         found = Duration(_in_rounds(link, size, tensors), link.processor_seconds(size), size)
         return found if same else self._with_tokens(found, _in_rounds(self._fast, size, tensors))
 

@@ -15,7 +15,7 @@ from distrain.config.schema import Config
 from distrain.errors import ConfigError
 
 #: Strategies that a plan looks at.
-STRATEGIES = ("single", "ddp", "fsdp", "tensor_parallel", "pipeline", "local_sgd", "parameter_server")
+STRATEGIES = ("single", "ddp", "fsdp", "tensor_parallel", "pipeline", "mesh", "local_sgd", "parameter_server")
 #: Compressors that a plan times; the others send about as much as one of them.
 COMPRESSORS = ("bf16", "qsgd", "powersgd", "topk", "signsgd")
 #: What a configuration that names no choice of a group has, and what it may name.
@@ -49,8 +49,13 @@ def choice_of(group: str, keys: Mapping[str, str]) -> Any:
     name = keys.get(group, default)
     if name not in names:
         raise ConfigError(group, name, "is not planned", names)
-    own = {key.removeprefix(f"{group}."): value for key, value in keys.items() if key.startswith(f"{group}.")}
-    return load_group(group, {**_defaults(group, name), **{key: yaml.safe_load(value) for key, value in own.items()}})
+    content = dict(_defaults(group, name))
+    for key, value in keys.items():
+        if key.startswith(f"{group}."):
+            section, _, of_section = key.removeprefix(f"{group}.").partition(".")
+            loaded = yaml.safe_load(value)
+            content[section] = {**content[section], of_section: loaded} if of_section else loaded
+    return load_group(group, content)
 
 
 def period_of(keys: Mapping[str, str]) -> int:

@@ -56,6 +56,9 @@ class BlockProfile:
         memory: What it holds in its passes, by the kind of its BatchNorm layers: ``plain``, ``synchronised`` or
             ``deferred``. Without an entry: what autograd saves.
         batchnorm_gradients: For each trained BatchNorm layer, which of ``gradients`` is its first one.
+        forward_sums: Of layers that are divided among ranks, bytes for each sample of each tensor that these ranks add
+            up in a forward pass.
+        backward_sums: The same of a backward pass.
     """
 
     name: str
@@ -74,6 +77,8 @@ class BlockProfile:
     saves_input: bool = False
     memory: Mapping[str, BlockMemory] = dataclasses.field(default_factory=dict)
     batchnorm_gradients: tuple[int, ...] = ()
+    forward_sums: tuple[float, ...] = ()
+    backward_sums: tuple[float, ...] = ()
 
     @property
     def held_bytes(self) -> int:
@@ -116,29 +121,35 @@ class DividedModel:
 
     Attributes:
         ranks: Number of ranks.
-        block: Its part of the model as one block, whose times include the loss.
-        sums: Bytes for each sample of each tensor that the ranks add up in a forward and a backward pass.
+        blocks: Its part of each of the model's blocks.
         update_seconds: Seconds of the optimizer for its part of the parameters.
         optimizer_bytes: Bytes of the optimizer's state for them.
         update_bytes: Most bytes that the optimizer needs while it works.
+        starts: Index of the first block of each pipeline stage for which layers are divided: what is divided together
+            lies in one stage.
     """
 
     ranks: int
-    block: BlockProfile
-    sums: tuple[float, ...]
+    blocks: tuple[BlockProfile, ...]
     update_seconds: float
     optimizer_bytes: float
     update_bytes: float = 0.0
+    starts: tuple[int, ...] = (0,)
 
     def faster(self, passes: float, update: float) -> DividedModel:
         """The same with times that are shorter by these factors."""
-        block = self.block.times(1 / passes)
-        return dataclasses.replace(self, block=block, update_seconds=self.update_seconds / update)
+        return dataclasses.replace(self.times(1 / passes), update_seconds=self.update_seconds / update)
+
+    def times(self, factor: float) -> DividedModel:
+        """The same with longer or shorter passes."""
+        return dataclasses.replace(self, blocks=tuple(block.times(factor) for block in self.blocks))
 
     def on(self, accelerator: Accelerator, sizes: Sequence[int]) -> DividedModel:
         """The same on a device that isn't here."""
-        update = _update_seconds(accelerator, self.block.gradient_bytes, self.optimizer_bytes)
-        return dataclasses.replace(self, block=self.block.on(accelerator, sizes), update_seconds=update)
+        gradient_bytes = sum(block.gradient_bytes for block in self.blocks)
+        update = _update_seconds(accelerator, gradient_bytes, self.optimizer_bytes)
+        blocks = tuple(block.on(accelerator, sizes) for block in self.blocks)
+        return dataclasses.replace(self, blocks=blocks, update_seconds=update)
 
 
 @dataclass(frozen=True)
@@ -172,7 +183,8 @@ class Workload:
         rounds: Times that a step computes the gradient of its batch; 2 with sharpness-aware minimization.
         sharpness_seconds: Seconds between two of these rounds, in which the parameters are moved, and moved back later.
         block_mb: As ``strategy.block_mb`` of ``fsdp``.
-        divided: The model with its layers divided among ranks; ``None``: it can't be divided, or nobody has asked.
+        divided: The model with its layers divided among ranks, for each number of ranks and of pipeline stages that was
+            asked for and is possible.
     """
 
     blocks: tuple[BlockProfile, ...]
@@ -198,7 +210,7 @@ class Workload:
     rounds: int = 1
     sharpness_seconds: float = 0.0
     block_mb: float | None = None
-    divided: DividedModel | None = None
+    divided: tuple[DividedModel, ...] = ()
 
     @property
     def held_bytes(self) -> int:
@@ -286,8 +298,32 @@ class Workload:
         if more >= 0:
             return dataclasses.replace(self, outside={size: one + more for size, one in self.outside.items()})
         factor = max(1 + more / passes, 0.0)
-        divided = self.divided and dataclasses.replace(self.divided, block=self.divided.block.times(factor))
+        divided = tuple(one.times(factor) for one in self.divided)
         return dataclasses.replace(self, blocks=tuple(block.times(factor) for block in self.blocks), divided=divided)
+
+    def divided_among(self, ranks: int, stages: int = 1) -> DividedModel | None:
+        """The model with its layers divided among ranks; ``None`` if that is not known.
+
+        Args:
+            ranks: Number of ranks.
+            stages: Of the pipeline, each of which so many ranks divide.
+        """
+        return next((one for one in self.divided if (one.ranks, len(one.starts)) == (ranks, stages)), None)
+
+    def of_rank(self, divided: DividedModel) -> Workload:
+        """The training of a rank that has its part of the layers alone."""
+        share = sum(block.gradient_bytes for block in divided.blocks) / max(self.gradient_bytes, 1)
+        return dataclasses.replace(
+            self,
+            blocks=divided.blocks,
+            update_seconds=divided.update_seconds,
+            optimizer_bytes=divided.optimizer_bytes,
+            update_bytes=divided.update_bytes,
+            copy_seconds=share * self.copy_seconds,
+            digest_seconds=share * self.digest_seconds,
+            sharpness_seconds=share * self.sharpness_seconds,
+            divided=(),
+        )
 
     def on(self, accelerator: Accelerator) -> Workload:
         """The same training on a device that isn't here."""
@@ -307,7 +343,7 @@ class Workload:
             digest_seconds=0.0,
             # Read: gradients and parameters; written: their copy, and twice the parameters.
             sharpness_seconds=accelerator.seconds(0.0, 7 * self.gradient_bytes) if self.rounds > 1 else 0.0,
-            divided=self.divided and self.divided.on(accelerator, sizes),
+            divided=tuple(one.on(accelerator, sizes) for one in self.divided),
         )
 
     def to_plain(self) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def test_two_ranks_both_train() -> None:
     assert auto.options_for(config, 2).strategies == ("ddp", "fsdp", "pipeline")
     served = small("strategy=auto", "strategy.strategies=[parameter_server]")
     assert auto.options_for(served, 2).strategies == ("parameter_server",)
+    assert auto.options_for(small("strategy=auto", "strategy.strategies=[ddp,mesh]"), 4).strategies == ("ddp", "mesh")
 
 
 def test_commands_that_choose_nothing_refuse_it() -> None:

@@ -125,17 +125,32 @@ class Indivisible(nn.Sequential):
 def test_layers_are_divided_to_see_what_a_rank_has_of_them(tmp_path: Path) -> None:
     options = Options(described(tmp_path, 2), ("ddp", "tensor_parallel"))
     workload = planned(options).workload
-    divided = workload.divided
-    assert divided is not None
+    (divided,) = workload.divided
+    held = sum(block.held_bytes for block in divided.blocks)
     # The largest layers are divided, and their optimizer's state with them.
-    assert 0.5 * workload.held_bytes < divided.block.held_bytes < 0.6 * workload.held_bytes
+    assert 0.5 * workload.held_bytes < held < 0.6 * workload.held_bytes
     assert 0.5 * workload.optimizer_bytes < divided.optimizer_bytes < 0.6 * workload.optimizer_bytes
-    assert divided.block.flops < 0.9 * sum(block.flops for block in workload.blocks)
-    assert len(divided.sums) > 0
+    assert sum(block.flops for block in divided.blocks) < 0.9 * sum(block.flops for block in workload.blocks)
+    assert [block.name for block in divided.blocks] == [block.name for block in workload.blocks]
+    assert any(block.forward_sums for block in divided.blocks)
     refused = planned(options, "model=custom", f"model._target_={__name__}.Indivisible")
-    assert refused.workload.divided is None
-    problem = "no tensor_parallel: strategy.plan: no layer of Indivisible was found that 2 ranks can divide"
+    assert refused.workload.divided == ()
+    problem = "no layers are divided among 2 ranks: strategy.plan: no layer of Indivisible was found that 2 ranks can"
     assert any(remark.startswith(problem) for remark in refused.remarks), refused.remarks
+
+
+def test_layers_are_divided_for_each_cut_of_a_mesh_and_what_is_refused_is_left_out(tmp_path: Path) -> None:
+    # It is no optimizer of parts of parameters.
+    made = planned(Options(described(tmp_path, 4), ("mesh",)), "optimizer=muon")
+    whole, staged = made.workload.divided
+    assert (whole.ranks, whole.starts, staged.ranks) == (2, (0,), 2)
+    assert len(staged.starts) == 2
+    # Layers of one stage are not divided together with those of another one, so each stage ends with whole activations.
+    assert sum(block.held_bytes for block in staged.blocks) >= sum(block.held_bytes for block in whole.blocks)
+    assert {tuple(key for key in one.keys if ".mesh." in key) for one in made.predictions} == {
+        ("strategy.mesh.data", "strategy.mesh.pipeline")
+    }
+    assert any(remark.startswith("not all of mesh: optimizer.name=muon: ") for remark in made.remarks), made.remarks
 
 
 def test_a_described_device_has_times_by_its_operations(tmp_path: Path) -> None:

@@ -61,6 +61,17 @@ def test_the_prediction_of_the_run_is_found_and_divided_as_a_measured_step(
     assert (found["period"], found["trial_ms"]) == (4 if "strategy=local_sgd" in keys else 1, None)
 
 
+@pytest.mark.parametrize("typed", [(), ("strategy.mesh.data=2",)])
+def test_a_mesh_is_found_whether_its_replicas_are_typed_or_follow(typed: tuple[str, ...], tmp_path: Path) -> None:
+    training, machines = workload(batch_size=10), cluster(1, 4)
+    found = list(candidates.predictions(setting_of(training, machines), ["mesh"], []))
+    Plan(training, machines, found, [], training=planned_part(small())).write(tmp_path)
+    config = small("strategy=mesh", "strategy.mesh.pipeline=2", "strategy.microbatches=2", *typed)
+    predicted = expected.of_run(config, 4, tmp_path, None)
+    assert predicted["bytes_sent_per_step_per_rank"] > 0
+    assert expected.of_run(small("strategy=mesh", "strategy.mesh.pipeline=4", *typed), 4, tmp_path, None) == {}
+
+
 @pytest.mark.parametrize(
     ("keys", "ranks", "why"),
     [

@@ -19,10 +19,11 @@ from distrain.errors import ConfigError
 from distrain.gradients.bucket_sizes import MIB
 from distrain.runtime.world import World
 from distrain.strategies.single import Single
-from distrain.tools.planning import step_timer, token_bucket
+from distrain.tools.planning import measurement, step_timer, token_bucket
 from distrain.tools.planning.batchnorm_cost import extra_seconds
 from distrain.tools.planning.cluster import Link, LinkPoint
 from distrain.tools.planning.compressor_measurement import sample_of
+from distrain.tools.planning.divided_model import Divisions
 from distrain.tools.planning.measurement import measure
 from distrain.tools.planning.phases import PhaseClock
 from distrain.tools.planning.step_timer import StepTimer
@@ -33,21 +34,34 @@ from tests.runs import small
 CPU = torch.device("cpu")
 
 
-def refusal() -> str:
+def refusals() -> tuple[str, list[str]]:
+    """What ranks of two hosts say that have different numbers of them, and what they do if one can't divide layers."""
     world = World.from_environment()
     uneven = dataclasses.replace(world, host="a" if world.rank == 0 else "b")
     plan = RunPlan.resolve(small("data.batch_size=30"), dataclasses.replace(world, rank=0, size=1))
-    with contextlib.closing(plan.load()) as splits:
+    line, divisions = "", Divisions(small("strategy=tensor_parallel"), ("tensor_parallel",), None)
+
+    def divide(*_: object, **__: object) -> None:
+        raise ConfigError("strategy.plan", "{}", "is refused on a rank")
+
+    with contextlib.closing(plan.load()) as splits, pytest.MonkeyPatch.context() as patch:
         try:
             measure(plan, uneven, splits, {}, PhaseClock())
         except ConfigError as error:
-            return str(error)
-    return ""
+            line = str(error)
+        patch.setattr(step_timer, "_STEP_SECONDS", 0.0)
+        patch.setattr(measurement, "_BLOCK_SECONDS", 0.0)
+        if world.rank == 1:
+            patch.setattr(measurement, "divide_model", divide)
+        measured = measure(plan, world, splits, {}, PhaseClock(), divisions=divisions)
+    assert measured.workload.divided == ()
+    return line, measured.remarks
 
 
-def test_hosts_with_different_numbers_of_ranks_are_refused_on_all_of_them() -> None:
-    line = "plan: hosts have different numbers of ranks: {'a': 1, 'b': 2}; a plan needs the same number on each"
-    assert run_ranks(refusal, 3) == [line] * 3
+def test_what_a_rank_refuses_all_refuse_instead_of_waiting_for_it() -> None:
+    uneven = "plan: hosts have different numbers of ranks: {'a': 1, 'b': 2}; a plan needs the same number on each"
+    divided = "no layers are divided among 3 ranks: strategy.plan={}: is refused on a rank"
+    assert run_ranks(refusals, 3) == [(uneven, [divided])] * 3
 
 
 class SlowSteps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -13,14 +14,15 @@ from distrain.tools.planning.cluster import Cluster, expected_maximum
 from distrain.tools.planning.network import Duration, Group, Network
 from distrain.tools.planning.prediction import Memory
 from distrain.tools.planning.simulation import Compute, Operation, Simulated, Start, Wait, simulate
+from distrain.tools.planning.steps.shape import Shape
 from distrain.tools.planning.workload import Workload, at, bucket_layout
 
 #: Bytes of a small collective of a BatchNorm layer.
 BATCHNORM_BYTES = 1024
 #: Small collectives of each synchronised BatchNorm layer in a forward and in a backward pass.
 BATCHNORM_FORWARD, BATCHNORM_BACKWARD = 2, 1
-#: Channel of the collectives of ranks that train the same model.
-REPLICAS = "replicas"
+#: Channel of the collectives of ranks that train the same model, and of those that divide its layers.
+REPLICAS, LAYERS = "replicas", "layers"
 #: Bytes of the two all-reduces from which a run concludes the cost of all others.
 _SMALL_BYTES, _LARGE_BYTES = 1024, 4 * MIB
 
@@ -33,11 +35,62 @@ class Setting:
         workload: The training.
         cluster: The machines.
         network: Their links.
+        layers: The ranks that divide layers, of which ``workload`` is one; ``None``: a rank has whole layers.
     """
 
     workload: Workload
     cluster: Cluster
     network: Network
+    layers: Group | None = None
+
+    def divided(self, shape: Shape) -> Setting:
+        """The same for a rank of a mesh, which has its part of the layers alone.
+
+        Args:
+            shape: Of the mesh; how layers are divided in it has been measured.
+        """
+        if shape.tensor == 1:
+            return self
+        divided = self.workload.divided_among(shape.tensor, shape.pipeline)
+        assert divided is not None, "it is no candidate without"
+        return dataclasses.replace(
+            self, workload=self.workload.of_rank(divided), layers=shape.layers_group(self.network)
+        )
+
+    @property
+    def members(self) -> int:
+        """Ranks that are simulated where all do the same, and take part in each transfer."""
+        return len(self.representatives())
+
+    def sums(
+        self, name: str, sizes: Sequence[float], samples: float, members: int | None = None, channel: str = ""
+    ) -> list[Operation]:
+        """What ranks that divide layers add up in a pass, one tensor after the other, while they compute nothing.
+
+        Args:
+            name: Of the transfer.
+            sizes: Bytes of each tensor for each sample.
+            samples: In the pass.
+            members: Simulated ranks that take part; ``None``: all.
+            channel: Of the transfer; empty: that of the gradients if both go through the hosts' links.
+        """
+        if self.layers is None or not sizes:
+            return []
+        found = sum((self.network.all_reduce(samples * size, self.layers) for size in sizes), Duration())
+        channel = channel or (REPLICAS if self.layers.hosts > 1 else LAYERS)
+        return [Start(name, found, members or self.members, channel), Wait(name)]
+
+    def stragglers_of_layers(self, computed: float, passes: float) -> float:
+        """As :meth:`stragglers`, of ranks that divide layers: at each of their sums they wait for the slowest one.
+
+        Args:
+            computed: Seconds that a rank computes in a step.
+            passes: Forward passes, each with its backward pass, of these layers in a step.
+        """
+        if self.layers is None:
+            return 0.0
+        waits = passes * sum(len(block.forward_sums) + len(block.backward_sums) for block in self.workload.blocks)
+        return self.stragglers(computed, self.layers.size, 1 / max(waits, 1))
 
     def stragglers(self, computed: float, ranks: int, steps: float = 1) -> float:
         """Seconds a step that ranks wait for the slowest one, beyond what a simulation without chance shows.
@@ -87,10 +140,38 @@ def setting_of(workload: Workload, cluster: Cluster) -> Setting:
     return Setting(workload, cluster, Network(cluster, "flat" if flat else "hierarchical"))
 
 
-def forward_pass(setting: Setting, samples: int, factor: float = 1.0) -> Iterator[Compute]:
-    """Forward passes of all blocks."""
-    for block in setting.workload.blocks:
+def forward_pass(setting: Setting, samples: int, factor: float = 1.0, name: str = "") -> Iterator[Operation]:
+    """Forward passes of all blocks.
+
+    Args:
+        setting: Where.
+        samples: In the pass.
+        factor: By which passes take longer.
+        name: Of the pass; each of a step has another one.
+    """
+    for index, block in enumerate(setting.workload.blocks):
         yield Compute("forward", factor * at(block.forward, samples))
+        yield from setting.sums(f"sums forward {name} {index}", block.forward_sums, samples)
+
+
+def backward_pass(setting: Setting, samples: int, factor: float = 1.0, name: str = "") -> Iterator[Operation]:
+    """As :func:`forward_pass`; nothing of the gradients is sent."""
+    yield Compute("backward", factor * setting.workload.backward_seconds(samples))
+    sizes = [size for block in setting.workload.blocks for size in block.backward_sums]
+    yield from setting.sums(f"sums backward {name}", sizes, samples)
+
+
+def backward_sums_by_gradient(workload: Workload) -> dict[int, tuple[float, ...]]:
+    """What ranks that divide layers add up in a backward pass just after a gradient, by its index."""
+    found: dict[int, tuple[float, ...]] = {}
+    first = len(workload.gradient_sizes)
+    for block in reversed(workload.blocks):
+        first -= len(block.gradients)
+        if block.backward_sums:
+            # A block whose parameters are frozen does so before the gradients of those before it.
+            index = first if block.gradients else max(first - 1, 0)
+            found[index] = (*found.get(index, ()), *block.backward_sums)
+    return found
 
 
 def backward_pieces(workload: Workload, samples: int) -> list[float]:
@@ -166,7 +247,7 @@ def backward_with_exchange(
     workload = setting.workload
     gradients = workload.gradient_sizes
     pieces = backward_pieces(workload, samples)
-    layers = batchnorms_by_gradient(workload) if synchronised else {}
+    layers, sums = batchnorms_by_gradient(workload) if synchronised else {}, backward_sums_by_gradient(workload)
     operations: list[Operation] = []
     under_way: list[_Exchange] = []
     for number, bucket in enumerate(bucket_layout(gradients, sizes)):
@@ -176,7 +257,11 @@ def backward_with_exchange(
             if index in layers:
                 operations.append(Compute("backward", seconds))
                 seconds, name = 0.0, f"{prefix}statistics {index}"
-                operations += batchnorm_collectives(setting, name, BATCHNORM_BACKWARD * layers[index], members)
+                operations += batchnorm_collectives(setting, name, BATCHNORM_BACKWARD * layers[index], members, group)
+            if index in sums:
+                operations.append(Compute("backward", seconds))
+                seconds, name = 0.0, f"{prefix}sums backward {index}"
+                operations += setting.sums(name, sums[index], samples)
         operations.append(Compute("backward", seconds))
         # As distrain.gradients.exchange does it: before a bucket is started, all others begin their next collective.
         for exchange in under_way:
@@ -209,7 +294,9 @@ def batchnorms_by_gradient(workload: Workload) -> dict[int, int]:
     return found
 
 
-def batchnorm_collectives(setting: Setting, name: str, collectives: float, members: int) -> list[Operation]:
+def batchnorm_collectives(
+    setting: Setting, name: str, collectives: float, members: int, group: Group
+) -> list[Operation]:
     """Some small collectives of BatchNorm layers, as one, which ranks wait for.
 
     Args:
@@ -217,8 +304,9 @@ def batchnorm_collectives(setting: Setting, name: str, collectives: float, membe
         name: Of the transfer.
         collectives: Number of them.
         members: Simulated ranks that take part.
+        group: The ranks that share their statistics.
     """
-    one = setting.network.all_reduce(BATCHNORM_BYTES, setting.network.group(setting.cluster.ranks))
+    one = setting.network.all_reduce(BATCHNORM_BYTES, group)
     return [Start(name, one.times(collectives), members, REPLICAS), Wait(name)]
 
 

@@ -12,7 +12,9 @@ from distrain.tools.planning.steps.common import (
     BATCHNORM_FORWARD,
     REPLICAS,
     Setting,
+    backward_pass,
     backward_pieces,
+    backward_sums_by_gradient,
     backward_with_exchange,
     batchnorm_collectives,
     batchnorms_by_gradient,
@@ -20,6 +22,7 @@ from distrain.tools.planning.steps.common import (
     forward_pass,
     parts_of,
 )
+from distrain.tools.planning.steps.shape import Shape
 from distrain.tools.planning.steps.sharded_blocks import (
     ShardedBlock,
     blocks_of_buckets,
@@ -31,7 +34,13 @@ from distrain.tools.planning.workload import at, bucket_layout
 
 
 def predict(
-    setting: Setting, keys: dict[str, str], *, shard: str, shard_size: int | None = None, reshards: bool = True
+    setting: Setting,
+    keys: dict[str, str],
+    *,
+    shard: str,
+    shard_size: int | None = None,
+    reshards: bool = True,
+    tensor: int = 1,
 ) -> Prediction:
     """Predicts a step of sharded data parallelism.
 
@@ -39,28 +48,31 @@ def predict(
         setting: Where.
         keys: Keys and values of the command line that mean this.
         shard: What is divided: ``optimizer``, ``gradients`` or ``full``.
-        shard_size: Consecutive ranks that share one copy; ``None``: all.
+        shard_size: Neighbouring replicas that share one copy; ``None``: all.
         reshards: With ``full``, parameters are gathered again for the backward pass.
+        tensor: Ranks of a replica, which divide layers among themselves.
     """
-    return _Step(setting, shard, shard_size or setting.cluster.ranks, reshards).predict(keys)
+    replicas = setting.cluster.ranks // tensor
+    shard_size = shard_size or replicas
+    return _Step(setting, shard, Shape(replicas // shard_size, shard_size, tensor=tensor), reshards).predict(keys)
 
 
 class _Step:
     """A step of all ranks, which do the same at the same time."""
 
-    def __init__(self, setting: Setting, shard: str, shard_size: int, reshards: bool) -> None:
-        self._setting, self._workload = setting, setting.workload
-        self._shard, self._parts, self._reshards = shard, shard_size, reshards
-        ranks, network = setting.cluster.ranks, setting.network
-        self._everyone = network.group(ranks)
-        self._sharing = network.group(shard_size)
-        self._replicas = network.group(ranks // shard_size, shard_size)
-        self._share = -(-self._workload.batch_size // ranks)
+    def __init__(self, setting: Setting, shard: str, shape: Shape, reshards: bool) -> None:
+        self._setting = setting.divided(shape)
+        self._workload = self._setting.workload
+        self._shard, self._parts, self._reshards = shard, shape.shard, reshards
+        network = setting.network
+        self._everyone = shape.replicas_group(network)
+        self._sharing, self._replicas = shape.shard_group(network), shape.data_group(network)
+        self._share = -(-self._workload.batch_size // shape.replicas)
         self._pieces = self._workload.pieces(self._share)
-        self._together = ranks > 1 and self._workload.batchnorms > 0
+        self._together = shape.replicas > 1 and self._workload.batchnorms > 0
         self._factor = self._workload.synchronised_factor if self._together else 1.0
-        self._representatives = setting.representatives()
-        self._sizes = bucket_sizes(setting, self._everyone)
+        self._members = setting.members
+        self._sizes = bucket_sizes(self._setting, self._everyone)
         self._blocks = self._sharded_blocks()
         self._trained = [index for index, block in enumerate(self._blocks) if block.gradient_bytes]
 
@@ -72,18 +84,18 @@ class _Step:
         return blocks_of_buckets(self._workload, layout)[::-1]
 
     def predict(self, keys: dict[str, str]) -> Prediction:
-        ranks = self._setting.cluster.ranks
         program = list(self._program())
-        members = len(self._representatives)
-        simulated = self._setting.simulate([program] * members, self._representatives)
+        simulated = self._setting.simulate([program] * self._members, self._setting.representatives())
         computed = max(sum(kinds.values()) for kinds in simulated.computed)
         # A block is gathered while the one before it computes, so ranks need not be on time for each. Each layer whose
         # statistics are shared waits for the slowest rank.
         layers = (BATCHNORM_FORWARD + BATCHNORM_BACKWARD) * self._workload.batchnorms if self._together else 0
         waits = 1 + len(self._pieces) * layers
+        stragglers = self._setting.stragglers(computed, self._everyone.size, 1 / waits)
+        stragglers += self._setting.stragglers_of_layers(computed, len(self._pieces))
         return Prediction(
             keys,
-            parts_of(simulated, self._setting.stragglers(computed, ranks, 1 / waits)),
+            parts_of(simulated, stragglers),
             max(simulated.sent),
             self._memory(),
             same_as_single=True,
@@ -113,7 +125,7 @@ class _Step:
         """Collectives of BatchNorm layers, which take place after those that were started before."""
         if not self._together or not collectives:
             return []
-        return batchnorm_collectives(self._setting, name, collectives, len(self._representatives))
+        return batchnorm_collectives(self._setting, name, collectives, self._members, self._everyone)
 
     def _passes_of(self, block: ShardedBlock, samples: int, kind: str, name: str) -> Iterator[Operation]:
         """What is computed with a block of ``shard=full``, and the collectives of its BatchNorm layers."""
@@ -121,6 +133,8 @@ class _Step:
         shares = [(share, profiles[own]) for own, share in block.passes]
         seconds = sum(share * at(one.forward if forward else one.backward, samples) for share, one in shares)
         yield Compute(kind, self._factor * seconds)
+        sums = [share * size for share, one in shares for size in (one.forward_sums if forward else one.backward_sums)]
+        yield from self._setting.sums(f"sums {name}", sums, samples)
         layers = sum(share * one.batchnorms for share, one in shares)
         yield from self._statistics(
             f"statistics {name}", (BATCHNORM_FORWARD if forward else BATCHNORM_BACKWARD) * layers
@@ -128,7 +142,7 @@ class _Step:
 
     def _forward(self, piece: int, samples: int) -> Iterator[Operation]:
         if self._shard != FULL or (piece and not self._reshards):
-            yield from forward_pass(self._setting, samples, self._factor)
+            yield from forward_pass(self._setting, samples, self._factor, str(piece))
             yield from self._statistics(f"statistics {piece}", BATCHNORM_FORWARD * self._workload.batchnorms)
             return
         for index, block in enumerate(self._blocks):
@@ -141,16 +155,15 @@ class _Step:
 
     def _backward(self, piece: int, samples: int, *, sends: bool) -> Iterator[Operation]:
         if self._shard != FULL and not sends:
-            yield Compute("backward", self._factor * self._workload.backward_seconds(samples))
+            yield from backward_pass(self._setting, samples, self._factor, str(piece))
             yield from self._statistics(f"gradients {piece}", BATCHNORM_BACKWARD * self._workload.batchnorms)
         elif self._shard == OPTIMIZER:
-            members = len(self._representatives)
             yield from backward_with_exchange(
                 self._setting,
                 samples,
                 self._everyone,
                 self._sizes,
-                members,
+                self._members,
                 "none",
                 self._factor,
                 synchronised=self._together,
@@ -159,10 +172,13 @@ class _Step:
             yield from self._backward_of_full(piece, samples, sends=sends)
         else:
             pieces, layers = backward_pieces(self._workload, samples), batchnorms_by_gradient(self._workload)
+            sums = backward_sums_by_gradient(self._workload)
             for index, block in reversed(list(enumerate(self._blocks))):
                 yield Compute("backward", self._factor * sum(pieces[gradient] for gradient in block.gradients))
                 collectives = BATCHNORM_BACKWARD * sum(layers.get(gradient, 0) for gradient in block.gradients)
                 yield from self._statistics(f"gradients {piece} {index}", collectives)
+                sizes = [size for gradient in block.gradients for size in sums.get(gradient, ())]
+                yield from self._setting.sums(f"sums backward {piece} {index}", sizes, samples)
                 yield from self._scatter(index, block)
 
     def _backward_of_full(self, piece: int, samples: int, *, sends: bool) -> Iterator[Operation]:
@@ -184,7 +200,7 @@ class _Step:
     def _gather(self, name: str, block: ShardedBlock) -> Start:
         """All ranks that share a block begin to gather it."""
         duration = self._setting.network.all_gather(block.held_bytes / self._parts, self._sharing)
-        return Start(name, duration, len(self._representatives), REPLICAS)
+        return Start(name, duration, self._members, REPLICAS)
 
     def _scatter(self, index: int, block: ShardedBlock) -> Iterator[Operation]:
         """The gradients of a block are copied into one tensor, whose sum begins to be scattered."""
@@ -194,7 +210,7 @@ class _Step:
             yield from self._sum(self._trained[self._trained.index(index) + 1])
         yield Compute("update", workload.copy_seconds * block.gradient_bytes / max(workload.gradient_bytes, 1))
         duration = self._setting.network.reduce_scatter(block.gradient_bytes, self._sharing)
-        yield Start(f"scatter {index}", duration, len(self._representatives), REPLICAS)
+        yield Start(f"scatter {index}", duration, self._members, REPLICAS)
 
     def _sum(self, index: int) -> Iterator[Operation]:
         """Waits for a block's part, and begins to add up those of all replicas."""
@@ -202,7 +218,7 @@ class _Step:
         if self._replicas.size > 1:
             size = self._blocks[index].gradient_bytes / self._parts
             duration = self._setting.network.all_reduce(size, self._replicas)
-            yield Start(f"sum {index}", duration, len(self._representatives), REPLICAS)
+            yield Start(f"sum {index}", duration, self._members, REPLICAS)
 
     def _end_of_scattering(self) -> Iterator[Operation]:
         """Waits until each rank has the sums for its part, over all replicas."""

@@ -7,7 +7,7 @@ import dataclasses
 from distrain.gradients.bucket_sizes import MIB
 from distrain.tools.planning.prediction import Memory, Prediction
 from distrain.tools.planning.simulation import Compute, Operation, Start, Wait
-from distrain.tools.planning.steps.common import Setting, forward_pass, parts_of
+from distrain.tools.planning.steps.common import Setting, parts_of
 
 #: What the arithmetic of a merge reads and writes, in copies of the parameters. The difference from the anchor:
 #: copying the parameters (into a buffer of zeros, 1.5), subtracting and weighting (2.5). The merge: copying them again
@@ -37,9 +37,10 @@ def predict(
     workload, ranks = setting.workload, setting.cluster.ranks
     share = -(-workload.batch_size // ranks)
     pieces = workload.pieces(share)
-    each: list[Compute] = [Compute("update", workload.outside_seconds(share))]
+    each = [Compute("update", workload.outside_seconds(share))]
     for samples in pieces:
-        each += [*forward_pass(setting, samples), Compute("backward", workload.backward_seconds(samples))]
+        each.append(Compute("forward", workload.forward_seconds(samples)))
+        each.append(Compute("backward", workload.backward_seconds(samples)))
     each.append(Compute("update", workload.update_seconds))
     merge = setting.network.all_reduce(workload.gradient_bytes, setting.network.group(ranks))
     representatives = setting.representatives()
