@@ -32,6 +32,10 @@ _LONG_STEP = 0.3
 _LONG_PIPELINE = 0.6
 #: The result is so many halvings more precise than the measured step.
 _BISECTIONS = 14
+#: A value that changes every step, if any does.
+_LARGE = 1e6
+#: Times that all unknown values are set one after the other, since each of them also changes the others' predictions.
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class _Unknown:
     Attributes:
         strategy: Its name.
         usual: Which of the strategy's configurations is run: the one with the smallest result.
-        set: The training with a value in seconds for what is not known.
+        set: The training with a value for what is not known: seconds, or a factor.
         longest: Seconds of a step up to which it matters.
     """
 
@@ -53,6 +57,10 @@ class _Unknown:
 
 def _of_step(workload: Workload, seconds: float) -> Workload:
     return workload.with_step(max(workload.outside), seconds)
+
+
+def _of_collectives(workload: Workload, factor: float) -> Workload:
+    return dataclasses.replace(workload, latency_factor=factor)
 
 
 def _of_action(workload: Workload, seconds: float) -> Workload:
@@ -72,6 +80,8 @@ def _usual_pipeline(keys: Mapping[str, str]) -> float:
 _UNKNOWNS = (
     _Unknown("single", lambda keys: 0.0, _of_step),
     _Unknown("local_sgd", lambda keys: abs(int(keys["strategy.sync_every"]) - 16), _of_step),
+    # Ranks in a step start their collectives at different times, and their processors have other work.
+    _Unknown("ddp", len, _of_collectives),
     _Unknown("pipeline", _usual_pipeline, _of_action, _LONG_PIPELINE),
     _Unknown("parameter_server", lambda keys: int(keys["strategy.servers"]), _of_server),
 )
@@ -144,10 +154,15 @@ def calibrated(workload: Workload, cluster: Cluster, strategies: Sequence[str], 
     chosen = {unknown.strategy: _chosen(unknown, workload, cluster, strategies) for unknown in _UNKNOWNS}
     chosen = runs.agreed(chosen)
     measured = _measured(chosen, runs)
-    for unknown in _UNKNOWNS:
-        if times := measured.get(unknown.strategy):
-            keys = chosen[unknown.strategy]["keys"]
-            workload = _with_measured(workload, cluster, unknown, keys, undisturbed(times))
+    values: dict[str, float] = {}
+    for _ in range(_ROUNDS if len(measured) > 1 else 1):
+        for unknown in _UNKNOWNS:
+            if times := measured.get(unknown.strategy):
+                keys = chosen[unknown.strategy]["keys"]
+                value = _value(workload, cluster, values, unknown, keys, undisturbed(times))
+                if value is not None:
+                    values[unknown.strategy] = value
+    workload = _with_values(workload, values)
     skipped = [name for name, one in chosen.items() if one["too_long"]]
     return Calibrated(workload, [chosen[name]["keys"] for name in measured], skipped)
 
@@ -189,20 +204,45 @@ def _chosen(unknown: _Unknown, workload: Workload, cluster: Cluster, strategies:
     return {"keys": {}, "seconds": 0.0, "too_long": bool(possible)}
 
 
-def _with_measured(
-    workload: Workload, cluster: Cluster, unknown: _Unknown, keys: Mapping[str, str], measured: float
-) -> Workload:
-    """The training for which a configuration takes as long as measured, by bisection."""
+def _with_values(workload: Workload, values: Mapping[str, float]) -> Workload:
+    """The training as measured piece by piece, with values for what is not known of some strategies."""
+    for unknown in _UNKNOWNS:
+        if unknown.strategy in values:
+            workload = unknown.set(workload, values[unknown.strategy])
+    return workload
+
+
+def _value(
+    workload: Workload,
+    cluster: Cluster,
+    others: Mapping[str, float],
+    unknown: _Unknown,
+    keys: Mapping[str, str],
+    measured: float,
+) -> float | None:
+    """The value for which a configuration takes as long as measured, by bisection; ``None`` if it changes nothing.
+
+    Args:
+        workload: The training as measured piece by piece.
+        cluster: These ranks.
+        others: Values of what else is not known, by strategy.
+        unknown: What is looked for.
+        keys: Of the configuration that was run.
+        measured: Seconds of its step.
+    """
     found = candidates.of_strategy(unknown.strategy, setting_of(workload, cluster))
     candidate = next(one for one in found if one.keys == keys)
 
-    def too_short(value: float) -> bool:
-        return candidate.predict(setting_of(unknown.set(workload, value), cluster)).seconds < measured
+    def seconds(value: float) -> float:
+        changed = _with_values(workload, {**others, unknown.strategy: value})
+        return candidate.predict(setting_of(changed, cluster)).seconds
 
     low, high = 0.0, measured
-    while too_short(high):
+    if seconds(_LARGE) == seconds(low):
+        return None
+    while seconds(high) < measured:
         high *= 2
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if too_short(middle) else (low, middle)
-    return unknown.set(workload, low)
+        low, high = (middle, high) if seconds(middle) < measured else (low, middle)
+    return low

@@ -39,11 +39,13 @@ from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.cluster_measurement import Rank, measure_cluster, processors
 from distrain.tools.planning.compressor_measurement import measure_compressors
 from distrain.tools.planning.divided_model import CountingGroup, Division, divide_model, measure_divided
+from distrain.tools.planning.network import Network
 from distrain.tools.planning.phases import PhaseClock
 from distrain.tools.planning.robust_mean import undisturbed
 from distrain.tools.planning.step_timer import StepTimer, StepTimes
-from distrain.tools.planning.structure import BlockStructure, pipeline_options, possible_starts, structures
-from distrain.tools.planning.workload import BlockMemory, BlockProfile, DividedModel, Workload
+from distrain.tools.planning.steps.common import BATCHNORM_BACKWARD, BATCHNORM_BYTES, BATCHNORM_FORWARD
+from distrain.tools.planning.structure import BlockStructure, memory_of, pipeline_options, possible_starts, structures
+from distrain.tools.planning.workload import BlockProfile, DividedModel, Workload
 from distrain.training import auto_format
 from distrain.training.assembly import build_loader, build_model
 from distrain.training.run_plan import RunPlan
@@ -58,6 +60,8 @@ _NO_SHORT_RUN = 0.2
 _FEWEST_SAMPLES = 4
 #: What ``ddp`` and pipelines make of BatchNorm layers.
 _BATCHNORMS: Mapping[str, Change] = {"synchronised": synchronise_batchnorm, "deferred": defer_running_statistics}
+#: Seconds of steps with BatchNorm layers that communicate, and most of these steps.
+_BATCHNORM_SECONDS, _MOST_BATCHNORM_STEPS = 1.5, 50
 #: Times that the gradients are copied and hashed, or fewer in so many seconds.
 _COPIES, _COPY_SECONDS = 5, 0.3
 #: Numbers of parts into which a model that is no sequence of blocks is cut, as far as it can be.
@@ -190,6 +194,7 @@ class _Measurement:
         one = steps[largest]
         with clock.phase("batchnorm"):
             factors = self._batchnorm_factors(strategy, largest, one.passes)
+            collective = self._batchnorm_collective(found[min(found)], steps, update, factors[0])
         with clock.phase("links"):
             copying, hashing = (self._agree(seconds) for seconds in self._copy_seconds(strategy.model))
             spread = one.spread if ranks > 1 else 0.0
@@ -197,6 +202,8 @@ class _Measurement:
                 spread = self._timer.spread(largest, one.loading + one.passes + update)
             rank = Rank(self._runtime, self._world, self._hosts)
             cluster = measure_cluster(rank, strategy.model, alone, one.passes, spread)
+            network = Network(cluster)
+            small = network.all_reduce(BATCHNORM_BYTES, network.group(ranks)).seconds
         with clock.phase("compressors"):
             own_work = measure_compressors(
                 compressors, strategy.model, cluster.all_reduce_cost, self._everyone, self._plan.config.seed
@@ -222,6 +229,7 @@ class _Measurement:
             copy_seconds=copying / briefly,
             digest_seconds=hashing / briefly,
             deferred_factor=factors[1],
+            batchnorm_latency=None if collective is None else collective / max(small, 1e-9),
             input_bytes=self._batch(strategy, largest).inputs.nbytes / largest,
             update_bytes=float(self._timer.update_bytes()),
             deterministic=self._plan.config.trainer.deterministic,
@@ -307,6 +315,32 @@ class _Measurement:
 
         extra = extra_seconds(strategy.model, run, list(_BATCHNORMS.values()))
         return [1 + self._agree(seconds) / passes for seconds in extra]
+
+    def _batchnorm_collective(
+        self, blocks: Sequence[BlockStructure], steps: Mapping[int, StepTimes], update: float, factor: float
+    ) -> float | None:
+        """Seconds of a collective of a BatchNorm layer in passes; ``None`` if there are none.
+
+        Args:
+            blocks: The model.
+            steps: As measured without such collectives.
+            update: Seconds of the optimizer.
+            factor: By which passes take longer with layers that can communicate, without what they wait for.
+        """
+        collectives = (BATCHNORM_FORWARD + BATCHNORM_BACKWARD) * sum(block.batchnorms for block in blocks)
+        if self._world.size == 1 or not collectives:
+            return None
+        # There are as many, however few samples a pass has.
+        size = min(steps) if steps[max(steps)].is_long else max(steps)
+
+        def change(_: Single, model: nn.Module) -> None:
+            synchronise_batchnorm(model, self._everyone)
+
+        strategy = self._strategy(change)
+        timer = StepTimer(strategy, functools.partial(self._batches, strategy), self._everyone, self._device)
+        alone = factor * steps[size].passes
+        count = min(max(int(_BATCHNORM_SECONDS / max(alone, 1e-9)), 2), _MOST_BATCHNORM_STEPS)
+        return max(timer.passes_together(size, count, update) - alone, 0.0) / collectives
 
     def _copy_seconds(self, model: nn.Module) -> tuple[float, float]:
         """Seconds of copying, and of hashing, as many bytes as all gradients have."""
@@ -443,7 +477,7 @@ class _Measurement:
                     structure.kernels,
                     structure.saves_output,
                     structure.saves_input,
-                    _memory_of(index, found, changed),
+                    memory_of(index, found, changed),
                     structure.batchnorm_gradients,
                 )
             )
@@ -454,30 +488,3 @@ class _Measurement:
     def _agree(self, value: float, reduction: Reduction = "max") -> float:
         """The largest value of all ranks, or their sum."""
         return self._timer.agree(value, reduction)
-
-
-def _memory_of(
-    index: int, plain: Mapping[int, Sequence[BlockStructure]], changed: Mapping[str, Sequence[BlockStructure]]
-) -> dict[str, BlockMemory]:
-    """What a block holds in its passes, by the kind of its BatchNorm layers.
-
-    Args:
-        index: Of the block.
-        plain: The blocks as they were found with some numbers of samples.
-        changed: The blocks with other kinds of BatchNorm layers, with the smallest of these numbers.
-    """
-    extra = {size: float(found[index].extra_bytes) for size, found in plain.items()}
-    at_end = {size: float(found[index].extra_bytes_at_end) for size, found in plain.items()}
-    memory = {"plain": BlockMemory(plain[max(plain)][index].saved_bytes, extra, at_end)}
-    small = min(plain)
-    for kind, blocks in changed.items():
-        own = _with_more(extra, blocks[index].extra_bytes - extra[small])
-        own_at_end = _with_more(at_end, blocks[index].extra_bytes_at_end - at_end[small])
-        memory[kind] = BlockMemory(blocks[index].saved_bytes, own, own_at_end)
-    return memory
-
-
-def _with_more(held: Mapping[int, float], more: float) -> dict[int, float]:
-    """Bytes by number of samples, with more at the smallest one, and in proportion to the samples at the others."""
-    smallest = min(held)
-    return {size: value + more * size / smallest for size, value in held.items()}

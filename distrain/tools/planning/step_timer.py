@@ -141,6 +141,19 @@ class StepTimer:
         spread = self._spread_of([sum(step) for step in times]) if together and is_long else None
         return StepTimes(loading, passes, spread)
 
+    def passes_together(self, size: int, count: int, update: float) -> float:
+        """Seconds of the passes of steps in which ranks wait for each other, so that all must take as many.
+
+        Args:
+            size: Number of samples.
+            count: Number of steps, after one that is not counted.
+            update: Seconds of the optimizer.
+        """
+        batches = self._batches(size)
+        self._mean_step(batches, 1)
+        times = [self._step(batches)[1] for _ in range(count)]
+        return self.agree(max(median_of_means(times) - update, 0.0))
+
     def _spread_of(self, steps: Sequence[float]) -> float:
         """As :meth:`spread`, from steps of ranks that did not wait for each other, if they had."""
         latest = statistics.mean(self.agree(seconds) for seconds in steps)

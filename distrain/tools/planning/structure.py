@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from distrain.strategies.pipeline.blocks import named_blocks, trace_blocks
 from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.precision import Precision
 from distrain.strategies.trial_copy import trial_copy
+from distrain.tools.planning.workload import BlockMemory
 from distrain.torch_internals import BatchNorm, storage_id, tensors_in
 
 log = logging.getLogger(__name__)
@@ -268,3 +269,30 @@ def pipeline_options(stages: int) -> PipelineConfig:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def memory_of(
+    index: int, plain: Mapping[int, Sequence[BlockStructure]], changed: Mapping[str, Sequence[BlockStructure]]
+) -> dict[str, BlockMemory]:
+    """What a block holds in its passes, by the kind of its BatchNorm layers.
+
+    Args:
+        index: Of the block.
+        plain: The blocks as they were found with some numbers of samples.
+        changed: The blocks with other kinds of BatchNorm layers, with the smallest of these numbers.
+    """
+    extra = {size: float(found[index].extra_bytes) for size, found in plain.items()}
+    at_end = {size: float(found[index].extra_bytes_at_end) for size, found in plain.items()}
+    memory = {"plain": BlockMemory(plain[max(plain)][index].saved_bytes, extra, at_end)}
+    small = min(plain)
+    for kind, blocks in changed.items():
+        own = _with_more(extra, blocks[index].extra_bytes - extra[small])
+        own_at_end = _with_more(at_end, blocks[index].extra_bytes_at_end - at_end[small])
+        memory[kind] = BlockMemory(blocks[index].saved_bytes, own, own_at_end)
+    return memory
+
+
+def _with_more(held: Mapping[int, float], more: float) -> dict[int, float]:
+    """Bytes by number of samples, with more at the smallest one, and in proportion to the samples at the others."""
+    smallest = min(held)
+    return {size: value + more * size / smallest for size, value in held.items()}

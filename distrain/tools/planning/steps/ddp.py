@@ -12,6 +12,7 @@ from distrain.tools.planning.steps.common import (
     Setting,
     backward_with_exchange,
     batchnorm_collectives,
+    batchnorm_waits,
     bucket_sizes,
     forward_pass,
     parts_of,
@@ -69,8 +70,7 @@ def predict(
     program.append(Compute("update", workload.update_seconds))
     simulated = setting.simulate([program] * members, representatives)
     # Each layer whose statistics are shared waits for the slowest rank.
-    layers = (BATCHNORM_FORWARD + BATCHNORM_BACKWARD) * workload.batchnorms if together else 0
-    times = workload.rounds * (1 + len(pieces) * layers)
+    times = workload.rounds * (1 + len(pieces) * (batchnorm_waits(workload) if together else 0))
     stragglers = setting.stragglers(max(sum(kinds.values()) for kinds in simulated.computed), ranks, 1 / times)
     residual = float(workload.gradient_bytes) if compressor in workload.keeping_residuals else 0.0
     return Prediction(
