@@ -22,7 +22,7 @@ from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.plan_keys import period_of
 from distrain.tools.planning.robust_mean import undisturbed
 from distrain.tools.planning.steps.common import setting_of
-from distrain.tools.planning.trial_run import step_seconds
+from distrain.tools.planning.trial_run import step_seconds, steps_of_trial
 from distrain.tools.planning.workload import Workload
 from distrain.training.run_plan import RunPlan
 
@@ -30,6 +30,8 @@ from distrain.training.run_plan import RunPlan
 _LONG_STEP = 0.3
 #: The same for a pipeline, in whose step there are many passes, each of which a rank may be late for.
 _LONG_PIPELINE = 0.6
+#: Seconds that a short run may take.
+_LONGEST_RUN = 12.0
 #: The result is so many halvings more precise than the measured step.
 _BISECTIONS = 14
 #: A value that changes every step, if any does.
@@ -199,7 +201,9 @@ def _chosen(unknown: _Unknown, workload: Workload, cluster: Cluster, strategies:
     possible = sorted(candidates.of_strategy(unknown.strategy, setting), key=lambda one: unknown.usual(one.keys))
     for candidate in possible:
         seconds = candidate.predict(setting).seconds
-        if seconds < unknown.longest:
+        period = period_of(candidate.keys)
+        warm_up, periods = steps_of_trial(seconds, period)
+        if seconds < unknown.longest and seconds * (warm_up + periods * period) < _LONGEST_RUN:
             return {"keys": candidate.keys, "seconds": seconds, "too_long": False}
     return {"keys": {}, "seconds": 0.0, "too_long": bool(possible)}
 

@@ -7,6 +7,7 @@ import functools
 import itertools
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -32,16 +33,25 @@ _WARM_UP = 3
 
 
 class _StepClock(Callback):
-    """Notes when steps end."""
+    """Notes when steps end, on a clock that stands still from the last step of an epoch to the epoch's end."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._left_out = 0.0
         self.times: list[float] = []
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._left_out
 
     @override
     def on_step_end(self, run: RunView) -> None:
         synchronize(self._device)
-        self.times.append(time.perf_counter())
+        self.times.append(self._now())
+
+    @override
+    def on_epoch_end(self, run: RunView, values: Mapping[str, float]) -> None:
+        # What is done once an epoch is no part of a step, and a short run may have many short epochs.
+        self._left_out += self._now() - self.times[-1]
 
 
 def step_seconds(
