@@ -58,6 +58,8 @@ _BLOCK_REPEATS, _BLOCK_SECONDS = 5, 4.0
 _NO_SHORT_RUN = 0.2
 #: Fewest samples of a measured step: BatchNorm layers need two, and a line through times needs two sizes.
 _FEWEST_SAMPLES = 4
+#: Fewest microbatches of a planned pipeline, which has the largest ones.
+_FEWEST_MICROBATCHES = 2
 #: What ``ddp`` and pipelines make of BatchNorm layers.
 _BATCHNORMS: Mapping[str, Change] = {"synchronised": synchronise_batchnorm, "deferred": defer_running_statistics}
 #: Seconds of steps with BatchNorm layers that communicate, and most of these steps.
@@ -170,8 +172,7 @@ class _Measurement:
         with clock.phase("model"):
             strategy = self._strategy()
             self._timer = StepTimer(strategy, functools.partial(self._batches, strategy), self._everyone, self._device)
-            sizes = self._sizes(batch_size, most_samples)
-            largest = sizes[-1]
+            sizes, largest = self._sizes(batch_size, most_samples)
             self._sequence_of_model = self._sequence(strategy)
         with clock.phase("steps"):
             update = self._agree(self._timer.update_seconds())
@@ -183,7 +184,7 @@ class _Measurement:
             begins = self._possible_starts(strategy)
             # What is only counted needs no values, which would take longer than all else.
             look = functools.partial(self._structures, strategy, needs_values=not steps[largest].is_long)
-            found = {size: look(size) for size in self._sizes_of_structures(sizes)}
+            found = {size: look(size) for size in self._sizes_of_structures(sizes[:2])}
             changed = self._changed(look, min(found), found[min(found)])
         if steps[largest].passes >= _NO_SHORT_RUN and not steps[largest].is_long:
             with clock.phase("steps again"):
@@ -194,7 +195,9 @@ class _Measurement:
         one = steps[largest]
         with clock.phase("batchnorm"):
             factors = self._batchnorm_factors(strategy, largest, one.passes)
-            collective = self._batchnorm_collective(found[min(found)], steps, update, factors[0])
+            # There are as many collectives, however few samples a pass has.
+            few = sizes[0] if one.is_long else largest
+            collective = self._batchnorm_collective(found[min(found)], few, steps[few].passes * factors[0], update)
         with clock.phase("links"):
             copying, hashing = (self._agree(seconds) for seconds in self._copy_seconds(strategy.model))
             spread = one.spread if ranks > 1 else 0.0
@@ -240,8 +243,12 @@ class _Measurement:
         )
         return Measured(workload, cluster, [*self._remarks, *self._left_out])
 
-    def _sizes(self, batch_size: int, most_samples: int | None) -> list[int]:
-        """The two numbers of samples to measure, in ascending order; one if there are no more samples."""
+    def _sizes(self, batch_size: int, most_samples: int | None) -> tuple[list[int], int]:
+        """The numbers of samples to measure, in ascending order, and the one of a rank's whole step.
+
+        These are two, or one if there are no more samples. If pipelines of all ranks have larger microbatches, there is
+        one more.
+        """
         share = -(-batch_size // self._world.size) if most_samples is None else most_samples
         piece = min(share, self._micro_batch_size or share)
         largest = min(max(piece, _FEWEST_SAMPLES), len(self._splits.train))
@@ -249,9 +256,11 @@ class _Measurement:
         # Where a sample takes long, what a pass takes beside its samples is little.
         possible = max(int(_LONGEST_STEP / one), 2)
         if possible < min(largest, _FEWEST_SAMPLES):
-            return [2]
+            return [2], 2
         largest = min(largest, possible)
-        return sorted({max(largest // 4, min(largest, 2)), largest})
+        half = -(-batch_size // _FEWEST_MICROBATCHES) if most_samples is None else largest
+        microbatch = min(half, possible, self._micro_batch_size or half, len(self._splits.train))
+        return sorted({max(largest // 4, min(largest, 2)), largest, max(microbatch, largest)}), largest
 
     def _alone(self, size: int, update: float) -> float:
         """Seconds of the passes while all other ranks wait."""
@@ -317,28 +326,25 @@ class _Measurement:
         return [1 + self._agree(seconds) / passes for seconds in extra]
 
     def _batchnorm_collective(
-        self, blocks: Sequence[BlockStructure], steps: Mapping[int, StepTimes], update: float, factor: float
+        self, blocks: Sequence[BlockStructure], size: int, alone: float, update: float
     ) -> float | None:
         """Seconds of a collective of a BatchNorm layer in passes; ``None`` if there are none.
 
         Args:
             blocks: The model.
-            steps: As measured without such collectives.
+            size: Samples of a pass.
+            alone: Seconds of the passes of a step without these collectives.
             update: Seconds of the optimizer.
-            factor: By which passes take longer with layers that can communicate, without what they wait for.
         """
         collectives = (BATCHNORM_FORWARD + BATCHNORM_BACKWARD) * sum(block.batchnorms for block in blocks)
         if self._world.size == 1 or not collectives:
             return None
-        # There are as many, however few samples a pass has.
-        size = min(steps) if steps[max(steps)].is_long else max(steps)
 
         def change(_: Single, model: nn.Module) -> None:
             synchronise_batchnorm(model, self._everyone)
 
         strategy = self._strategy(change)
         timer = StepTimer(strategy, functools.partial(self._batches, strategy), self._everyone, self._device)
-        alone = factor * steps[size].passes
         count = min(max(int(_BATCHNORM_SECONDS / max(alone, 1e-9)), 2), _MOST_BATCHNORM_STEPS)
         return max(timer.passes_together(size, count, update) - alone, 0.0) / collectives
 
