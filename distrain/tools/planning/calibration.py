@@ -49,12 +49,14 @@ class _Unknown:
         usual: Which of the strategy's configurations is run: the one with the smallest result.
         set: The training with a value for what is not known: seconds, or a factor.
         longest: Seconds of a step up to which it matters.
+        least: The smallest value that it may have.
     """
 
     strategy: str
     usual: Callable[[Mapping[str, str]], float]
     set: Callable[[Workload, float], Workload]
     longest: float = _LONG_STEP
+    least: float = 0.0
 
 
 def _of_step(workload: Workload, seconds: float) -> Workload:
@@ -82,8 +84,9 @@ def _usual_pipeline(keys: Mapping[str, str]) -> float:
 _UNKNOWNS = (
     _Unknown("single", lambda keys: 0.0, _of_step),
     _Unknown("local_sgd", lambda keys: abs(int(keys["strategy.sync_every"]) - 16), _of_step),
-    # Ranks in a step start their collectives at different times, and their processors have other work.
-    _Unknown("ddp", len, _of_collectives),
+    # Ranks in a step start their collectives at different times, and their processors have other work. A measurement
+    # without a step was disturbed if it is longer.
+    _Unknown("ddp", len, _of_collectives, least=0.25),
     _Unknown("pipeline", _usual_pipeline, _of_action, _LONG_PIPELINE),
     _Unknown("parameter_server", lambda keys: int(keys["strategy.servers"]), _of_server),
 )
@@ -162,6 +165,7 @@ def calibrated(workload: Workload, cluster: Cluster, strategies: Sequence[str], 
             if times := measured.get(unknown.strategy):
                 keys = chosen[unknown.strategy]["keys"]
                 value = _value(workload, cluster, values, unknown, keys, undisturbed(times))
+                values.pop(unknown.strategy, None)
                 if value is not None:
                     values[unknown.strategy] = value
     workload = _with_values(workload, values)
@@ -224,7 +228,7 @@ def _value(
     keys: Mapping[str, str],
     measured: float,
 ) -> float | None:
-    """The value for which a configuration takes as long as measured, by bisection; ``None`` if it changes nothing.
+    """The value for which a configuration takes as long as measured, by bisection; ``None`` if no value explains it.
 
     Args:
         workload: The training as measured piece by piece.
@@ -241,8 +245,8 @@ def _value(
         changed = _with_values(workload, {**others, unknown.strategy: value})
         return candidate.predict(setting_of(changed, cluster)).seconds
 
-    low, high = 0.0, measured
-    if seconds(_LARGE) == seconds(low):
+    low, high = unknown.least, unknown.least + measured
+    if not seconds(low) < measured <= seconds(_LARGE):
         return None
     while seconds(high) < measured:
         high *= 2

@@ -238,12 +238,19 @@ class Network:
         return Duration(self._rounds(link, sent, rounds), self._processor_seconds(link, sent), sent)
 
     def _rounds(self, link: Link, sent: float, rounds: int) -> float:
-        """Seconds of a collective in which a rank sends so many bytes in several rounds."""
-        return _in_rounds(link, sent, rounds) + (self._latency_factor - 1) * rounds * link.latency
+        """Seconds of a collective in which a rank sends so many bytes in several rounds.
+
+        If collectives take longer in a step, ranks wait for each other, however many bytes they send. If they take less
+        time, the measurement was disturbed as a whole.
+        """
+        alone = _in_rounds(link, sent, rounds)
+        if self._latency_factor < 1:
+            return self._latency_factor * alone
+        return alone + (self._latency_factor - 1) * rounds * link.latency
 
     def _processor_seconds(self, link: Link, sent: float) -> float:
-        """Processor time of such a collective. A longer latency is waiting; a shorter one is also less work."""
-        return link.processor_seconds(sent) + (min(self._latency_factor, 1.0) - 1) * link.processor_seconds(0)
+        """Processor time of such a collective. Waiting for each other takes none."""
+        return min(self._latency_factor, 1.0) * link.processor_seconds(sent)
 
 
 def _in_rounds(link: Link, sent: float, rounds: int) -> float:
