@@ -52,17 +52,20 @@ class Setting:
         where = f"{self.ranks} ranks" if self.hosts == 1 else f"{self.hosts} hosts, {self.rate}"
         return f"{self.model}, {where}"
 
-    def command(self, folder: Path, options: list[str]) -> list[str]:
-        """Makes a plan of this setting in a folder."""
+    @property
+    def training(self) -> list[str]:
+        """Keys of the training."""
         # Hosts of a test network share this machine's processors, and each would take all of them.
-        keys = ["runtime.threads=1"] + KEYS[self.model] + (COMMON if "data=synthetic" in KEYS[self.model] else [])
-        behind = [*options, f"folder={folder}", "most_hosts=1", "--", *keys]
+        return ["runtime.threads=1", *KEYS[self.model], *(COMMON if "data=synthetic" in KEYS[self.model] else [])]
+
+    def command(self, name: str, options: list[str]) -> list[str]:
+        """A command of distrain on the ranks of this setting."""
         if self.hosts == 1:
-            return [sys.executable, "-m", "distrain", "plan", f"nproc={self.ranks}", *behind]
+            return [sys.executable, "-m", "distrain", name, f"nproc={self.ranks}", *options]
         network = [sys.executable, "-m", "distrain", "testnet", f"hosts={self.hosts}"]
         rate = [] if self.rate == "none" else [f"rate={self.rate}"]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
-        return [*network, *rate, "--", *torchrun, "-m", "distrain", "plan", *behind]
+        return [*network, *rate, "--", *torchrun, "-m", "distrain", name, *options]
 
 
 def main() -> None:
@@ -85,7 +88,8 @@ def main() -> None:
     for number, setting in enumerate(settings):
         folder = (arguments.folder / str(number)).resolve()
         print(f"# {setting}", flush=True)
-        subprocess.run(setting.command(folder, options), check=True, stdout=subprocess.DEVNULL)
+        command = setting.command("plan", [*options, f"folder={folder}", "most_hosts=1", "--", *setting.training])
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         plans[setting] = json.loads((folder / "plan.json").read_text())
         show(plans[setting])
     summarise(plans)

@@ -102,7 +102,7 @@ def measure_link(
         communicator: The group, of more than one rank. Its ledger counts what is sent.
         device: Where messages are stored.
         max_bytes: Size of the largest message.
-        kinds: The kinds of collectives to time: ``all_reduce``, ``all_gather``.
+        kinds: The kinds of collectives to time: ``all_reduce``, ``all_gather``, ``reduce_scatter``.
         long_enough: Seconds; after a message that takes so long no larger one is timed.
         max_seconds: Seconds after which a message is not repeated any more.
         repeats: Number of times that each message is timed, of which the median is taken.
@@ -113,7 +113,7 @@ def measure_link(
     samples: dict[str, list[LinkSample]] = {kind: [] for kind in kinds}
     for kind, measured in samples.items():
         # In an all-gather every rank receives the messages of all ranks.
-        largest = max(max_bytes if kind == "all_reduce" else max_bytes // communicator.size, _SECOND)
+        largest = max(max_bytes // communicator.size if kind == "all_gather" else max_bytes, _SECOND)
         size = _SMALLEST
         while True:
             measured.append(_measure(communicator, device, kind, size, repeats, max_seconds))
@@ -126,14 +126,15 @@ def measure_link(
 def _measure(
     communicator: Communicator, device: torch.device, kind: str, size: int, repeats: int, max_seconds: float
 ) -> LinkSample:
-    message = torch.zeros(size // 4, device=device)
+    # Of a reduce-scatter each rank gets an equal part.
+    message = torch.zeros(-(-size // 4 // communicator.size) * communicator.size, device=device)
 
     def start() -> Pending:
-        return (
-            communicator.start_all_reduce(message)
-            if kind == "all_reduce"
-            else communicator.start_all_gather(message)[1]
-        )
+        if kind == "reduce_scatter":
+            return communicator.start_reduce_scatter(message[: len(message) // communicator.size].clone(), message)
+        if kind == "all_gather":
+            return communicator.start_all_gather(message)[1]
+        return communicator.start_all_reduce(message)
 
     sent = communicator.ledger.total()
     start().wait()

@@ -5,8 +5,6 @@ Shoeybi et al. 2019, "Megatron-LM" (arXiv 1909.08053), §3.
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 

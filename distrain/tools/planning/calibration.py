@@ -22,7 +22,7 @@ from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.plan_keys import period_of
 from distrain.tools.planning.robust_mean import undisturbed
 from distrain.tools.planning.steps.common import setting_of
-from distrain.tools.planning.trial_run import step_seconds
+from distrain.tools.planning.trial_run import step_seconds, steps_of_trial
 from distrain.tools.planning.workload import Workload
 from distrain.training.run_plan import RunPlan
 
@@ -30,8 +30,14 @@ from distrain.training.run_plan import RunPlan
 _LONG_STEP = 0.3
 #: The same for a pipeline, in whose step there are many passes, each of which a rank may be late for.
 _LONG_PIPELINE = 0.6
+#: Seconds that a short run may take.
+_LONGEST_RUN = 12.0
 #: The result is so many halvings more precise than the measured step.
 _BISECTIONS = 14
+#: A value that changes every step, if any does.
+_LARGE = 1e6
+#: Times that all unknown values are set one after the other, since each of them also changes the others' predictions.
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -41,18 +47,24 @@ class _Unknown:
     Attributes:
         strategy: Its name.
         usual: Which of the strategy's configurations is run: the one with the smallest result.
-        set: The training with a value in seconds for what is not known.
+        set: The training with a value for what is not known: seconds, or a factor.
         longest: Seconds of a step up to which it matters.
+        least: The smallest value that it may have.
     """
 
     strategy: str
     usual: Callable[[Mapping[str, str]], float]
     set: Callable[[Workload, float], Workload]
     longest: float = _LONG_STEP
+    least: float = 0.0
 
 
 def _of_step(workload: Workload, seconds: float) -> Workload:
     return workload.with_step(max(workload.outside), seconds)
+
+
+def _of_collectives(workload: Workload, factor: float) -> Workload:
+    return dataclasses.replace(workload, latency_factor=factor)
 
 
 def _of_action(workload: Workload, seconds: float) -> Workload:
@@ -72,6 +84,9 @@ def _usual_pipeline(keys: Mapping[str, str]) -> float:
 _UNKNOWNS = (
     _Unknown("single", lambda keys: 0.0, _of_step),
     _Unknown("local_sgd", lambda keys: abs(int(keys["strategy.sync_every"]) - 16), _of_step),
+    # Ranks in a step start their collectives at different times, and their processors have other work. A measurement
+    # without a step was disturbed if it is longer.
+    _Unknown("ddp", len, _of_collectives, least=0.25),
     _Unknown("pipeline", _usual_pipeline, _of_action, _LONG_PIPELINE),
     _Unknown("parameter_server", lambda keys: int(keys["strategy.servers"]), _of_server),
 )
@@ -144,10 +159,16 @@ def calibrated(workload: Workload, cluster: Cluster, strategies: Sequence[str], 
     chosen = {unknown.strategy: _chosen(unknown, workload, cluster, strategies) for unknown in _UNKNOWNS}
     chosen = runs.agreed(chosen)
     measured = _measured(chosen, runs)
-    for unknown in _UNKNOWNS:
-        if times := measured.get(unknown.strategy):
-            keys = chosen[unknown.strategy]["keys"]
-            workload = _with_measured(workload, cluster, unknown, keys, undisturbed(times))
+    values: dict[str, float] = {}
+    for _ in range(_ROUNDS if len(measured) > 1 else 1):
+        for unknown in _UNKNOWNS:
+            if times := measured.get(unknown.strategy):
+                keys = chosen[unknown.strategy]["keys"]
+                value = _value(workload, cluster, values, unknown, keys, undisturbed(times))
+                values.pop(unknown.strategy, None)
+                if value is not None:
+                    values[unknown.strategy] = value
+    workload = _with_values(workload, values)
     skipped = [name for name, one in chosen.items() if one["too_long"]]
     return Calibrated(workload, [chosen[name]["keys"] for name in measured], skipped)
 
@@ -184,25 +205,52 @@ def _chosen(unknown: _Unknown, workload: Workload, cluster: Cluster, strategies:
     possible = sorted(candidates.of_strategy(unknown.strategy, setting), key=lambda one: unknown.usual(one.keys))
     for candidate in possible:
         seconds = candidate.predict(setting).seconds
-        if seconds < unknown.longest:
+        period = period_of(candidate.keys)
+        warm_up, periods = steps_of_trial(seconds, period)
+        if seconds < unknown.longest and seconds * (warm_up + periods * period) < _LONGEST_RUN:
             return {"keys": candidate.keys, "seconds": seconds, "too_long": False}
     return {"keys": {}, "seconds": 0.0, "too_long": bool(possible)}
 
 
-def _with_measured(
-    workload: Workload, cluster: Cluster, unknown: _Unknown, keys: Mapping[str, str], measured: float
-) -> Workload:
-    """The training for which a configuration takes as long as measured, by bisection."""
+def _with_values(workload: Workload, values: Mapping[str, float]) -> Workload:
+    """The training as measured piece by piece, with values for what is not known of some strategies."""
+    for unknown in _UNKNOWNS:
+        if unknown.strategy in values:
+            workload = unknown.set(workload, values[unknown.strategy])
+    return workload
+
+
+def _value(
+    workload: Workload,
+    cluster: Cluster,
+    others: Mapping[str, float],
+    unknown: _Unknown,
+    keys: Mapping[str, str],
+    measured: float,
+) -> float | None:
+    """The value for which a configuration takes as long as measured, by bisection; ``None`` if no value explains it.
+
+    Args:
+        workload: The training as measured piece by piece.
+        cluster: These ranks.
+        others: Values of what else is not known, by strategy.
+        unknown: What is looked for.
+        keys: Of the configuration that was run.
+        measured: Seconds of its step.
+    """
     found = candidates.of_strategy(unknown.strategy, setting_of(workload, cluster))
     candidate = next(one for one in found if one.keys == keys)
 
-    def too_short(value: float) -> bool:
-        return candidate.predict(setting_of(unknown.set(workload, value), cluster)).seconds < measured
+    def seconds(value: float) -> float:
+        changed = _with_values(workload, {**others, unknown.strategy: value})
+        return candidate.predict(setting_of(changed, cluster)).seconds
 
-    low, high = 0.0, measured
-    while too_short(high):
+    low, high = unknown.least, unknown.least + measured
+    if not seconds(low) < measured <= seconds(_LARGE):
+        return None
+    while seconds(high) < measured:
         high *= 2
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if too_short(middle) else (low, middle)
-    return unknown.set(workload, low)
+        low, high = (middle, high) if seconds(middle) < measured else (low, middle)
+    return low

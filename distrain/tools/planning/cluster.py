@@ -47,14 +47,13 @@ class Link:
         return cls((LinkPoint(0, latency), LinkPoint(bytes_per_second, latency + 1.0)))
 
     @classmethod
-    def of_ring(cls, points: Sequence[LinkPoint], ranks: int) -> Link:
-        """From times of a ring all-reduce, which sends 2 (n - 1) messages one after the other.
+    def of_rounds(cls, points: Sequence[LinkPoint], rounds: int) -> Link:
+        """From times of a collective that sends several messages one after the other.
 
         Args:
-            points: Bytes that a rank sent in each all-reduce, and its times.
-            ranks: How many took part.
+            points: Bytes that a rank sent in each collective, and its times.
+            rounds: Number of messages: 2 (n - 1) of a ring all-reduce among n ranks.
         """
-        rounds = 2 * (ranks - 1)
         latency = min(point.seconds for point in points) / rounds
         others = latency * (rounds - 1)
         # No message takes less than an empty one, or more than a larger one, whatever was measured.
@@ -129,6 +128,8 @@ class Cluster:
         hosts_per_machine: Hosts that share one machine's processors, as those of a test network do.
         relative_speeds: Speed of each host's computation against the measured one; empty: all are as fast.
         spread: Standard deviation of the time that a rank computes in a step, relative to its mean.
+        scatters: Link between hosts as a reduce-scatter uses it, in which each rank sends a part to each other one;
+            ``None``: as ``between``, with all parts at once.
         messages: Link of messages from one rank to another one of the same host, which don't go through shared memory;
             ``None``: as ``within``.
         accelerator: The ranks' devices, where times were not measured.
@@ -147,6 +148,7 @@ class Cluster:
     hosts_per_machine: int = 1
     relative_speeds: tuple[float, ...] = ()
     spread: float = 0.0
+    scatters: Link | None = None
     messages: Link | None = None
     accelerator: Accelerator | None = None
     sockets: Link | None = None

@@ -66,12 +66,14 @@ def measure_cluster(rank: Rank, model: nn.Module, alone: float, together: float,
     # As much longer takes a processor that others use too, so much more of its time was measured.
     busy = curve[min(on_machine, processors()) - 1] if curve else 1.0
     within, between = _links(rank, most, busy)
-    messages = sockets = bucket = cost = None
+    scatters = messages = sockets = bucket = cost = None
     if world.size > 1:
         # As a run measures it to choose the sizes of its buckets.
         cost = BucketSizing((None,) * 3, everyone, everyone, device, gradient_bytes_of(model)).cost
         if rank.hosts > 1 and rank.per_host == 1:
             bucket = measure_token_bucket(everyone, device, between)
+            scattered = _measured_link(everyone, device, most, "reduce_scatter")
+            scatters = Link.of_rounds(_points(scattered, "reduce_scatter", busy), world.size - 1)
         if rank.per_host > 1:
             messages = _message_link(everyone, device)
         sockets = measure_sockets(everyone, world, device, rank.runtime.config.runtime.setup_timeout_seconds)
@@ -83,6 +85,7 @@ def measure_cluster(rank: Rank, model: nn.Module, alone: float, together: float,
         slowdown=curve,
         hosts_per_machine=rank.hosts // machines,
         spread=spread,
+        scatters=scatters,
         messages=messages,
         sockets=sockets,
         token_bucket=bucket,
@@ -127,14 +130,14 @@ def _links(rank: Rank, most: int, busy: float) -> tuple[Link, Link]:
     return _link_of(within, rank.per_host, busy), _link_of(between, rank.hosts, busy)
 
 
-def _measured_link(group: Communicator, device: torch.device, most: int) -> LinkModel:
-    """Times of all-reduces up to so many bytes; all ranks of the group call it together."""
-    return measure_link(group, device, most, kinds=("all_reduce",), max_seconds=_LINK_SECONDS, repeats=_LINK_REPEATS)
+def _measured_link(group: Communicator, device: torch.device, most: int, kind: str = "all_reduce") -> LinkModel:
+    """Times of collectives up to so many bytes; all ranks of the group call it together."""
+    return measure_link(group, device, most, kinds=(kind,), max_seconds=_LINK_SECONDS, repeats=_LINK_REPEATS)
 
 
 def _link_of(model: LinkModel, ranks: int, busy: float) -> Link:
-    points = [
-        LinkPoint(sample.sent, sample.seconds, sample.processor_seconds / busy)
-        for sample in model.samples("all_reduce")
-    ]
-    return Link.of_ring(points, ranks)
+    return Link.of_rounds(_points(model, "all_reduce", busy), 2 * (ranks - 1))
+
+
+def _points(model: LinkModel, kind: str, busy: float) -> list[LinkPoint]:
+    return [LinkPoint(sample.sent, sample.seconds, sample.processor_seconds / busy) for sample in model.samples(kind)]

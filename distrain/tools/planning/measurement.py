@@ -5,24 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from distrain.communication.collectives import Communicator, digest
+from distrain.communication.collectives import Communicator
 from distrain.communication.types import Reduction
-from distrain.compression.autotune.step_trace import synchronised_time
 from distrain.config.groups import CompressionConfig
-from distrain.config.schema import Config
 from distrain.data.base import Splits
 from distrain.data.batch import Batch
 from distrain.errors import ConfigError, config_error
-from distrain.gradients.trainable_parameters import trainable_parameters
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.freezing import freeze_schedule, train_only
 from distrain.models.layers import layer_depths
@@ -46,9 +41,12 @@ from distrain.tools.planning.divided_model import (
     measure_divided,
     measure_each,
 )
+from distrain.tools.planning.network import Network
 from distrain.tools.planning.phases import PhaseClock
+from distrain.tools.planning.plan_keys import planned_otherwise
 from distrain.tools.planning.robust_mean import undisturbed
-from distrain.tools.planning.step_timer import StepTimer, StepTimes
+from distrain.tools.planning.step_timer import StepTimer, StepTimes, copy_seconds
+from distrain.tools.planning.steps.common import BATCHNORM_BACKWARD, BATCHNORM_BYTES, BATCHNORM_FORWARD
 from distrain.tools.planning.structure import BlockStructure, memory_of, pipeline_options, possible_starts, structures
 from distrain.tools.planning.workload import BlockProfile, DividedModel, Workload
 from distrain.training import auto_format
@@ -63,10 +61,12 @@ _BLOCK_REPEATS, _BLOCK_SECONDS = 5, 4.0
 _NO_SHORT_RUN = 0.2
 #: Fewest samples of a measured step: BatchNorm layers need two, and a line through times needs two sizes.
 _FEWEST_SAMPLES = 4
+#: Fewest microbatches of a planned pipeline, which has the largest ones.
+_FEWEST_MICROBATCHES = 2
 #: What ``ddp`` and pipelines make of BatchNorm layers.
 _BATCHNORMS: Mapping[str, Change] = {"synchronised": synchronise_batchnorm, "deferred": defer_running_statistics}
-#: Times that the gradients are copied and hashed, or fewer in so many seconds.
-_COPIES, _COPY_SECONDS = 5, 0.3
+#: Seconds of steps with BatchNorm layers that communicate, and most of these steps.
+_BATCHNORM_SECONDS, _MOST_BATCHNORM_STEPS = 1.5, 50
 #: Of divided layers, a step is measured on at most so many times the samples of a step of whole layers.
 _MOST_TIMES = 4
 #: Numbers of parts into which a model that is no sequence of blocks is cut, as far as it can be.
@@ -133,16 +133,6 @@ def _ranks_of_hosts(runtime: Runtime, world: World) -> dict[str, int]:
     return dict(Counter(str(row["host"]) for row in rows))
 
 
-def _left_out(config: Config) -> list[str]:
-    """What depends on the memory of a run, which a plan predicts and doesn't limit."""
-    remarks = []
-    if config.model.checkpoint_activations == "auto":
-        remarks.append("model.checkpoint_activations=auto is planned as none: where memory is short, steps take longer")
-    if config.trainer.micro_batch_size == "auto":
-        remarks.append("trainer.micro_batch_size=auto is planned as one pass: where memory is short, there are more")
-    return remarks
-
-
 class _Measurement:
     """What one rank does."""
 
@@ -155,7 +145,7 @@ class _Measurement:
         optimizer = dataclasses.replace(plan.config.optimizer, sam_rho=None)
         config = dataclasses.replace(plan.config, trainer=trainer, model=model, optimizer=optimizer)
         self._plan = plan.with_config(config)
-        self._left_out = _left_out(plan.config)
+        self._left_out = planned_otherwise(plan.config)
         self._micro_batch_size = plan.config.trainer.largest_pass
         self._sharpness = plan.config.optimizer.sam_rho
         self._world, self._splits, self._runtime = world, splits, runtime
@@ -175,8 +165,7 @@ class _Measurement:
         with clock.phase("model"):
             strategy = self._strategy()
             self._timer = StepTimer(strategy, functools.partial(self._batches, strategy), self._everyone, self._device)
-            sizes = self._sizes(batch_size, most_samples)
-            largest = sizes[-1]
+            sizes, largest = self._sizes(batch_size, most_samples)
             self._sequence_of_model = self._sequence(strategy, strategy.model)
         with clock.phase("steps"):
             update = self._agree(self._timer.update_seconds())
@@ -188,7 +177,7 @@ class _Measurement:
             begins = self._possible_starts(strategy)
             # What is only counted needs no values, which would take longer than all else.
             look = functools.partial(self._structures, strategy, needs_values=not steps[largest].is_long)
-            found = {size: look(size) for size in self._sizes_of_structures(sizes)}
+            found = {size: look(size) for size in self._sizes_of_structures(sizes[:2])}
             changed = self._changed(look, min(found), found[min(found)])
         if steps[largest].passes >= _NO_SHORT_RUN and not steps[largest].is_long:
             with clock.phase("steps again"):
@@ -199,13 +188,18 @@ class _Measurement:
         one = steps[largest]
         with clock.phase("batchnorm"):
             factors = self._batchnorm_factors(strategy, largest, one.passes)
+            # There are as many collectives, however few samples a pass has.
+            few = sizes[0] if one.is_long else largest
+            collective = self._batchnorm_collective(found[min(found)], few, steps[few].passes * factors[0], update)
         with clock.phase("links"):
-            copying, hashing = (self._agree(seconds) for seconds in self._copy_seconds(strategy.model))
+            copying, hashing = (self._agree(seconds) for seconds in copy_seconds(strategy.model, self._device))
             spread = one.spread if ranks > 1 else 0.0
             if spread is None:
                 spread = self._timer.spread(largest, one.loading + one.passes + update)
             rank = Rank(self._runtime, self._world, self._hosts)
             cluster = measure_cluster(rank, strategy.model, alone, one.passes, spread)
+            network = Network(cluster)
+            small = network.all_reduce(BATCHNORM_BYTES, network.group(ranks)).seconds
         with clock.phase("compressors"):
             own_work = measure_compressors(
                 compressors, strategy.model, cluster.all_reduce_cost, self._everyone, self._plan.config.seed
@@ -229,6 +223,7 @@ class _Measurement:
             copy_seconds=copying / briefly,
             digest_seconds=hashing / briefly,
             deferred_factor=factors[1],
+            batchnorm_latency=None if collective is None else collective / max(small, 1e-9),
             input_bytes=self._batch(strategy, largest).inputs.nbytes / largest,
             update_bytes=float(self._timer.update_bytes()),
             deterministic=self._plan.config.trainer.deterministic,
@@ -242,8 +237,12 @@ class _Measurement:
             workload = dataclasses.replace(workload, divided=tuple(one.faster(crowd, briefly) for one in divided))
         return Measured(workload, cluster, [*self._remarks, *self._left_out])
 
-    def _sizes(self, batch_size: int, most_samples: int | None) -> list[int]:
-        """The two numbers of samples to measure, in ascending order; one if there are no more samples."""
+    def _sizes(self, batch_size: int, most_samples: int | None) -> tuple[list[int], int]:
+        """The numbers of samples to measure, in ascending order, and the one of a rank's whole step.
+
+        These are two, or one if there are no more samples. If pipelines of all ranks have larger microbatches, there is
+        one more.
+        """
         share = -(-batch_size // self._world.size) if most_samples is None else most_samples
         piece = min(share, self._micro_batch_size or share)
         largest = min(max(piece, _FEWEST_SAMPLES), len(self._splits.train))
@@ -251,9 +250,11 @@ class _Measurement:
         # Where a sample takes long, what a pass takes beside its samples is little.
         possible = max(int(_LONGEST_STEP / one), 2)
         if possible < min(largest, _FEWEST_SAMPLES):
-            return [2]
+            return [2], 2
         largest = min(largest, possible)
-        return sorted({max(largest // 4, min(largest, 2)), largest})
+        half = -(-batch_size // _FEWEST_MICROBATCHES) if most_samples is None else largest
+        microbatch = min(half, possible, self._micro_batch_size or half, len(self._splits.train))
+        return sorted({max(largest // 4, min(largest, 2)), largest, max(microbatch, largest)}), largest
 
     def _alone(self, size: int, update: float) -> float:
         """Seconds of the passes while all other ranks wait."""
@@ -318,19 +319,28 @@ class _Measurement:
         extra = extra_seconds(strategy.model, run, list(_BATCHNORMS.values()))
         return [1 + self._agree(seconds) / passes for seconds in extra]
 
-    def _copy_seconds(self, model: nn.Module) -> tuple[float, float]:
-        """Seconds of copying, and of hashing, as many bytes as all gradients have."""
-        parameters = list(trainable_parameters(model).values())
-        source, target = (torch.cat([one.detach().flatten() for one in parameters]) for _ in range(2))
-        times: list[tuple[float, float]] = []
-        while len(times) < 2 or (len(times) < _COPIES and sum(map(sum, times)) < _COPY_SECONDS):
-            begin = synchronised_time(self._device)
-            target.copy_(source)
-            middle = synchronised_time(self._device)
-            digest([source])
-            times.append((middle - begin, synchronised_time(self._device) - middle))
-        copying, hashing = (statistics.median(column) for column in zip(*times[1:], strict=True))
-        return copying, hashing
+    def _batchnorm_collective(
+        self, blocks: Sequence[BlockStructure], size: int, alone: float, update: float
+    ) -> float | None:
+        """Seconds of a collective of a BatchNorm layer in passes; ``None`` if there are none.
+
+        Args:
+            blocks: The model.
+            size: Samples of a pass.
+            alone: Seconds of the passes of a step without these collectives.
+            update: Seconds of the optimizer.
+        """
+        collectives = (BATCHNORM_FORWARD + BATCHNORM_BACKWARD) * sum(block.batchnorms for block in blocks)
+        if self._world.size == 1 or not collectives:
+            return None
+
+        def change(_: Single, model: nn.Module) -> None:
+            synchronise_batchnorm(model, self._everyone)
+
+        strategy = self._strategy(change)
+        timer = StepTimer(strategy, functools.partial(self._batches, strategy), self._everyone, self._device)
+        count = min(max(int(_BATCHNORM_SECONDS / max(alone, 1e-9)), 2), _MOST_BATCHNORM_STEPS)
+        return max(timer.passes_together(size, count, update) - alone, 0.0) / collectives
 
     def _divided(
         self, divisions: Divisions, workload: Workload, cluster: Cluster, largest: int

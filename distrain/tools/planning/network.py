@@ -95,11 +95,15 @@ class Network:
     Args:
         cluster: Has the links.
         collectives: How they are done.
+        latency_factor: By which collectives in a step have a longer latency than the links' measurement shows.
     """
 
-    def __init__(self, cluster: Cluster, collectives: Collectives = "hierarchical") -> None:
+    def __init__(
+        self, cluster: Cluster, collectives: Collectives = "hierarchical", latency_factor: float = 1.0
+    ) -> None:
         self._cluster = cluster
         self._collectives = collectives
+        self._latency_factor = latency_factor
 
     def group(self, ranks: int, stride: int = 1) -> Group:
         """The group of every ``stride``-th rank, so many of them.
@@ -120,17 +124,20 @@ class Network:
         if self._collectives == "flat":
             slow = self._between(group) if group.hosts > 1 else self._cluster.within
             fastest = min(
-                _ring(slow, size, group.size), _tree(slow, size, group.size), key=lambda duration: duration.seconds
+                self._ring(slow, size, group.size),
+                self._tree(slow, size, group.size),
+                key=lambda duration: duration.seconds,
             )
             return self._with_tokens(fastest, fastest.seconds) if group.hosts > 1 else fastest
         # On one host ranks read each other's tensors; what a rank sends is counted as in a ring.
-        inside = _ring(self._cluster.within, size, group.per_host)
+        inside = self._ring(self._cluster.within, size, group.per_host)
         if group.hosts == 1:
             return inside
-        fast = _ring(self._fast, size, group.hosts).seconds
-        outside = self._with_tokens(_ring(self._between(group), size, group.hosts), fast)
+        fast = self._ring(self._fast, size, group.hosts).seconds
+        outside = self._with_tokens(self._ring(self._between(group), size, group.hosts), fast)
         # Gloo has two threads, and what one waits for does not keep the other from sending.
-        return inside + dataclasses.replace(outside, idle_seconds=2 * (group.hosts - 1) * self._cluster.between.latency)
+        idle = self._latency_factor * 2 * (group.hosts - 1) * self._cluster.between.latency
+        return inside + dataclasses.replace(outside, idle_seconds=idle)
 
     def all_gather(self, size: float, group: Group) -> Duration:
         """An all-gather of ``size`` bytes of each rank, in a ring."""
@@ -138,11 +145,11 @@ class Network:
             return Duration()
         link = self._between(group) if group.hosts > 1 else self._cluster.within
         sent, rounds = (group.size - 1) * size, group.size - 1
-        found = Duration(_in_rounds(link, sent, rounds), link.processor_seconds(sent), sent)
+        found = Duration(self._rounds(link, sent, rounds), self._processor_seconds(link, sent), sent)
         if group.hosts == 1:
             return found
-        idle = 0.0 if self._collectives == "flat" else rounds * link.latency
-        return dataclasses.replace(self._with_tokens(found, _in_rounds(self._fast, sent, rounds)), idle_seconds=idle)
+        idle = 0.0 if self._collectives == "flat" else self._latency_factor * rounds * link.latency
+        return dataclasses.replace(self._with_tokens(found, self._rounds(self._fast, sent, rounds)), idle_seconds=idle)
 
     def reduce_scatter(self, size: float, group: Group) -> Duration:
         """A reduce-scatter of ``size`` bytes, of whose sum each rank gets an equal part."""
@@ -152,10 +159,12 @@ class Network:
         if group.per_host > 1:
             # The hosts' leaders sum up everything, and each rank takes its part.
             return dataclasses.replace(self.all_reduce(size, group), sent=sent)
-        # Each rank sends each other one its part, all at once.
-        link = self._between(group)
-        found = Duration(link.seconds(sent), link.processor_seconds(sent), sent)
-        return self._with_tokens(found, min(self._fast.seconds(sent), found.seconds))
+        # Each rank sends each other one its part: all at once, or one after the other as far as its processor does it.
+        measured = self._cluster.scatters
+        link = self._between(group, measured)
+        rounds = 1 if measured is None else group.size - 1
+        found = Duration(self._rounds(link, sent, rounds), self._processor_seconds(link, sent), sent)
+        return self._with_tokens(found, min(self._rounds(self._fast, sent, rounds), found.seconds))
 
     def message(self, size: float, source: int, target: int, tensors: int = 1, sharing: int = 1) -> Duration:
         """Messages from one rank to another one.
@@ -200,30 +209,49 @@ class Network:
             return duration
         return dataclasses.replace(duration, fast_seconds=fast, between=duration.sent)
 
-    def _between(self, group: Group) -> Link:
-        """The link between hosts, as one of several groups that use it sees it."""
+    def _between(self, group: Group, link: Link | None = None) -> Link:
+        """The link between hosts, as one of several groups that use it sees it.
+
+        Args:
+            group: The one.
+            link: As measured; ``None``: with all-reduces.
+        """
+        link = link or self._cluster.between
         if group.sharing == 1:
-            return self._cluster.between
-        latency = self._cluster.between.latency
+            return link
         points = tuple(
-            LinkPoint(point.sent, latency + group.sharing * (point.seconds - latency), point.processor_seconds)
-            for point in self._cluster.between.points
+            LinkPoint(one.sent, link.latency + group.sharing * (one.seconds - link.latency), one.processor_seconds)
+            for one in link.points
         )
         return Link(points)
 
+    def _ring(self, link: Link, size: float, ranks: int) -> Duration:
+        """A ring all-reduce: 2 (n - 1) rounds, in each of which a rank sends an n-th of the tensor."""
+        if ranks < 2:
+            return Duration()
+        sent = 2 * (ranks - 1) / ranks * size
+        return Duration(self._rounds(link, sent, 2 * (ranks - 1)), self._processor_seconds(link, sent), sent)
 
-def _ring(link: Link, size: float, ranks: int) -> Duration:
-    """A ring all-reduce: 2 (n - 1) rounds, in each of which a rank sends an n-th of the tensor."""
-    if ranks < 2:
-        return Duration()
-    sent = 2 * (ranks - 1) / ranks * size
-    return Duration(_in_rounds(link, sent, 2 * (ranks - 1)), link.processor_seconds(sent), sent)
+    def _tree(self, link: Link, size: float, ranks: int) -> Duration:
+        """A double binary tree (Sanders, Speck and Träff 2009), of logarithmic latency: each rank sends all twice."""
+        sent = 2.0 * size
+        rounds = 2 * math.ceil(math.log2(ranks))
+        return Duration(self._rounds(link, sent, rounds), self._processor_seconds(link, sent), sent)
 
+    def _rounds(self, link: Link, sent: float, rounds: int) -> float:
+        """Seconds of a collective in which a rank sends so many bytes in several rounds.
 
-def _tree(link: Link, size: float, ranks: int) -> Duration:
-    """A double binary tree (Sanders, Speck and Träff 2009): logarithmic latency, each rank sends the tensor twice."""
-    sent = 2.0 * size
-    return Duration(_in_rounds(link, sent, 2 * math.ceil(math.log2(ranks))), link.processor_seconds(sent), sent)
+        If collectives take longer in a step, ranks wait for each other, however many bytes they send. If they take less
+        time, the measurement was disturbed as a whole.
+        """
+        alone = _in_rounds(link, sent, rounds)
+        if self._latency_factor < 1:
+            return self._latency_factor * alone
+        return alone + (self._latency_factor - 1) * rounds * link.latency
+
+    def _processor_seconds(self, link: Link, sent: float) -> float:
+        """Processor time of such a collective. Waiting for each other takes none."""
+        return min(self._latency_factor, 1.0) * link.processor_seconds(sent)
 
 
 def _in_rounds(link: Link, sent: float, rounds: int) -> float:

@@ -73,3 +73,13 @@ def _defaults(group: str, name: str) -> Mapping[str, Any]:
     # Hydra's list of other files is no key.
     content.pop("defaults", None)
     return content
+
+
+def planned_otherwise(config: Config) -> list[str]:
+    """What depends on the memory of a run, which a plan predicts and doesn't limit."""
+    remarks = []
+    if config.model.checkpoint_activations == "auto":
+        remarks.append("model.checkpoint_activations=auto is planned as none: where memory is short, steps take longer")
+    if config.trainer.micro_batch_size == "auto":
+        remarks.append("trainer.micro_batch_size=auto is planned as one pass: where memory is short, there are more")
+    return remarks

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from distrain.communication.collectives import Communicator
+from distrain.communication.collectives import Communicator, digest
 from distrain.communication.types import Reduction
 from distrain.compression.autotune.step_trace import synchronised_time
 from distrain.data.batch import Batch
+from distrain.gradients.trainable_parameters import trainable_parameters
 from distrain.runtime.live_memory import LiveMemory
 from distrain.strategies.sharpness import Sharpness
 from distrain.strategies.single import Single
@@ -27,6 +28,8 @@ _TURNS = 5
 #: Seconds of a step from which on fewer are timed, the first one among them: that it also allocates memory, and what
 #: else disturbs a step, is little of it.
 _LONG_STEP, _FEWEST_LONG = 0.5, 2
+#: Times that the gradients are copied and hashed, or fewer in so many seconds.
+_COPIES, _COPY_SECONDS = 5, 0.3
 #: Times that the optimizer, and what surrounds it, is timed, after one that is not counted.
 _UPDATES = 3
 
@@ -141,6 +144,19 @@ class StepTimer:
         spread = self._spread_of([sum(step) for step in times]) if together and is_long else None
         return StepTimes(loading, passes, spread)
 
+    def passes_together(self, size: int, count: int, update: float) -> float:
+        """Seconds of the passes of steps in which ranks wait for each other, so that all must take as many.
+
+        Args:
+            size: Number of samples.
+            count: Number of steps, after one that is not counted.
+            update: Seconds of the optimizer.
+        """
+        batches = self._batches(size)
+        self._mean_step(batches, 1)
+        times = [self._step(batches)[1] for _ in range(count)]
+        return self.agree(max(median_of_means(times) - update, 0.0))
+
     def _spread_of(self, steps: Sequence[float]) -> float:
         """As :meth:`spread`, from steps of ranks that did not wait for each other, if they had."""
         latest = statistics.mean(self.agree(seconds) for seconds in steps)
@@ -198,3 +214,18 @@ class StepTimer:
         middle = synchronised_time(self._device)
         self._strategy.train_step(batch)
         return middle - begin, synchronised_time(self._device) - middle
+
+
+def copy_seconds(model: nn.Module, device: torch.device) -> tuple[float, float]:
+    """Seconds of copying, and of hashing, as many bytes as all gradients have."""
+    parameters = list(trainable_parameters(model).values())
+    source, target = (torch.cat([one.detach().flatten() for one in parameters]) for _ in range(2))
+    times: list[tuple[float, float]] = []
+    while len(times) < 2 or (len(times) < _COPIES and sum(map(sum, times)) < _COPY_SECONDS):
+        begin = synchronised_time(device)
+        target.copy_(source)
+        middle = synchronised_time(device)
+        digest([source])
+        times.append((middle - begin, synchronised_time(device) - middle))
+    copying, hashing = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    return copying, hashing

@@ -7,6 +7,7 @@ import functools
 import itertools
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -32,16 +33,25 @@ _WARM_UP = 3
 
 
 class _StepClock(Callback):
-    """Notes when steps end."""
+    """Notes when steps end, on a clock that stands still from the last step of an epoch to the epoch's end."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._left_out = 0.0
         self.times: list[float] = []
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._left_out
 
     @override
     def on_step_end(self, run: RunView) -> None:
         synchronize(self._device)
-        self.times.append(time.perf_counter())
+        self.times.append(self._now())
+
+    @override
+    def on_epoch_end(self, run: RunView, values: Mapping[str, float]) -> None:
+        # What is done once an epoch is no part of a step, and a short run may have many short epochs.
+        self._left_out += self._now() - self.times[-1]
 
 
 def step_seconds(
@@ -110,5 +120,8 @@ def steps_of_trial(expected: float, period: int, timed_seconds: float | None = N
     Returns:
         Steps before the first timed one, and timed periods.
     """
-    periods = min(max(int((timed_seconds or _SECONDS) / (expected * period)), -(-_FEWEST // period)), _MOST)
-    return -(-_WARM_UP // period) * period, periods
+    seconds = timed_seconds or _SECONDS
+    periods = min(max(int(seconds / (expected * period)), -(-_FEWEST // period)), _MOST)
+    # A whole period has everything in it that is done for the first time; in a long one that is little.
+    warm_up = _WARM_UP if expected * period > seconds else -(-_WARM_UP // period) * period
+    return warm_up, periods

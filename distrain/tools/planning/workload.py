@@ -177,6 +177,10 @@ class Workload:
         server_seconds: Seconds that a worker or a parameter server spends around each message, besides waiting.
         action_seconds: Seconds that a rank of a pipeline spends around each pass, besides waiting: on messages and
             bookkeeping.
+        latency_factor: By which collectives in a step have a longer latency than those without anything besides, or a
+            shorter one.
+        batchnorm_latency: Factor by which a collective of a BatchNorm layer takes longer in passes than without
+            anything besides, since ranks come to it at different times; ``None``: not measured.
         input_bytes: Size of the model's input of a sample.
         update_bytes: Most bytes that the optimizer needs while it works.
         deterministic: Bucket sizes that are not configured are the same everywhere, instead of chosen by measurement.
@@ -204,6 +208,8 @@ class Workload:
     compressed_bytes: tuple[int, ...] = ()
     server_seconds: float = 0.0
     action_seconds: float = 0.0
+    latency_factor: float = 1.0
+    batchnorm_latency: float | None = None
     input_bytes: float = 0.0
     update_bytes: float = 0.0
     deterministic: bool = False

@@ -11,13 +11,12 @@ import pytest
 from distrain.errors import ConfigError
 from distrain.tools.planning import candidates
 from distrain.tools.planning.calibration import ShortRuns, calibrated
-from distrain.tools.planning.network import Network
 from distrain.tools.planning.robust_mean import median_of_means, undisturbed
-from distrain.tools.planning.steps.common import Setting
+from distrain.tools.planning.steps.common import setting_of
 from distrain.tools.planning.workload import Workload
 from tests.tools.planning.workloads import cluster, workload
 
-MACHINES = cluster(2, bytes_per_second=1e15)
+MACHINES = cluster(2, latency=1e-3, bytes_per_second=1e15)
 
 
 @dataclass
@@ -40,8 +39,7 @@ class PlantedRuns:
 
 
 def seconds_of(training: Workload, keys: Mapping[str, str]) -> float:
-    setting = Setting(training, MACHINES, Network(MACHINES))
-    found = candidates.predictions(setting, [keys["strategy"]], ())
+    found = candidates.predictions(setting_of(training, MACHINES), [keys["strategy"]], ())
     return next(one.seconds for one in found if one.keys == keys)
 
 
@@ -49,7 +47,7 @@ def planted(refused: str = "", disturbed: str = "") -> tuple[Workload, PlantedRu
     """The training after short runs of one that takes longer, these runs, and the configurations that were run."""
     training = workload(batch_size=8, blocks=4)
     longer = training.with_step(4, 0.05)
-    true = Workload(**{**longer.__dict__, "action_seconds": 0.003, "server_seconds": 0.002})
+    true = Workload(**{**longer.__dict__, "action_seconds": 0.003, "server_seconds": 0.002, "latency_factor": 2.0})
     runs = PlantedRuns(true, refused, disturbed)
     strategies = ["ddp", "pipeline", "local_sgd", "parameter_server"]
     found = calibrated(training, MACHINES, strategies, cast(ShortRuns, runs))
@@ -60,11 +58,12 @@ def planted(refused: str = "", disturbed: str = "") -> tuple[Workload, PlantedRu
 @pytest.mark.parametrize("disturbed", ["", "with_local_sgd_0", "with_local_sgd_1"])
 def test_what_surrounds_steps_and_passes_and_messages_is_found(disturbed: str) -> None:
     found, runs, done = planted(disturbed=disturbed)
-    assert [keys["strategy"] for keys in done] == ["local_sgd", "pipeline", "parameter_server"]
+    assert [keys["strategy"] for keys in done] == ["local_sgd", "ddp", "pipeline", "parameter_server"]
+    assert found.latency_factor == pytest.approx(2, rel=0.01)
     assert found.action_seconds == pytest.approx(0.003, rel=0.01)
     assert found.server_seconds == pytest.approx(0.002, rel=0.01)
     others = [
-        {"strategy": "ddp"},
+        {"strategy": "fsdp", "strategy.shard": "optimizer"},
         {"strategy": "local_sgd", "strategy.sync_every": "64"},
         {
             "strategy": "pipeline",
@@ -79,16 +78,25 @@ def test_what_surrounds_steps_and_passes_and_messages_is_found(disturbed: str) -
 
 def test_a_strategy_that_cannot_run_is_left_as_it_is() -> None:
     found, runs, done = planted(refused="pipeline")
-    assert [keys["strategy"] for keys in done] == ["local_sgd", "parameter_server"]
-    assert runs.names == ["with_local_sgd_0", "with_pipeline_0", "with_parameter_server_0", "with_local_sgd_1"]
+    assert [keys["strategy"] for keys in done] == ["local_sgd", "ddp", "parameter_server"]
+    names = ["local_sgd_0", "ddp_0", "pipeline_0", "parameter_server_0", "local_sgd_1"]
+    assert runs.names == [f"with_{name}" for name in names]
     assert found.action_seconds == 0
+
+
+def test_a_latency_that_changes_nothing_is_left_as_it_is() -> None:
+    training = workload(batch_size=8, blocks=4)
+    runs = PlantedRuns(training.with_step(4, 0.05))
+    found = calibrated(training, cluster(2, bytes_per_second=1e15), ["ddp"], cast(ShortRuns, runs))
+    assert [keys["strategy"] for keys in found.done] == ["local_sgd", "ddp"]
+    assert found.workload.latency_factor == 1
 
 
 def test_long_steps_are_not_run() -> None:
     runs = PlantedRuns(workload(batch_size=800))
     found = calibrated(runs.true, MACHINES, ["ddp"], cast(ShortRuns, runs))
     assert (found.workload, found.done, runs.names) == (runs.true, [], [])
-    assert found.skipped == ["local_sgd"]
+    assert found.skipped == ["local_sgd", "ddp"]
 
 
 def test_one_disturbance_does_not_change_the_mean_but_turns_on_a_processor_do() -> None:

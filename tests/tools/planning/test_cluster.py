@@ -23,15 +23,29 @@ def test_a_link_is_linear_between_and_beyond_its_points() -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 def test_a_ring_among_the_ranks_that_were_measured_takes_the_measured_time(ranks: int) -> None:
     times = {0.0: 1.0e-3, 5.0 * MB: 60e-3}
-    link = Link.of_ring([LinkPoint(sent, seconds) for sent, seconds in times.items()], ranks)
+    link = Link.of_rounds([LinkPoint(sent, seconds) for sent, seconds in times.items()], 2 * (ranks - 1))
     network = Network(Cluster(ranks, 1, link, link))
     for sent, seconds in times.items():
         size = sent * ranks / (2 * (ranks - 1))
         assert network.all_reduce(size, network.group(ranks)).seconds == pytest.approx(seconds)
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_reduce_scatter_among_the_ranks_that_were_measured_takes_the_measured_time(ranks: int) -> None:
+    times = {0.0: 3.0e-3, 5.0 * MB: 60e-3}
+    scatters = Link.of_rounds([LinkPoint(sent, seconds) for sent, seconds in times.items()], ranks - 1)
+    here = dataclasses.replace(cluster(ranks, latency=1e-3), scatters=scatters)
+    network = Network(here)
+    for sent, seconds in times.items():
+        size = sent * ranks / (ranks - 1)
+        assert network.reduce_scatter(size, network.group(ranks)).seconds == pytest.approx(seconds)
+    # Twice the latency: of each of the messages.
+    longer = Network(here, latency_factor=2.0).reduce_scatter(0, network.group(ranks))
+    assert longer.seconds == pytest.approx(6e-3)
+
+
 def test_a_disturbed_small_message_does_not_slow_larger_ones() -> None:
-    link = Link.of_ring([LinkPoint(0, 0.1, 0.03), LinkPoint(100, 0.04, 0.01), LinkPoint(200, 0.06, 0.02)], 2)
+    link = Link.of_rounds([LinkPoint(0, 0.1, 0.03), LinkPoint(100, 0.04, 0.01), LinkPoint(200, 0.06, 0.02)], 2)
     assert [link.seconds(size) for size in (0, 100, 200)] == pytest.approx([0.02, 0.02, 0.04])
     assert [link.processor_seconds(size) for size in (0, 100, 200)] == pytest.approx([0.01, 0.01, 0.02])
 

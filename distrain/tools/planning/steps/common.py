@@ -137,7 +137,8 @@ class Setting:
 def setting_of(workload: Workload, cluster: Cluster) -> Setting:
     """A training on a cluster, whose collectives are those of its devices."""
     flat = workload.accelerator is not None
-    return Setting(workload, cluster, Network(cluster, "flat" if flat else "hierarchical"))
+    network = Network(cluster, "flat" if flat else "hierarchical", workload.latency_factor)
+    return Setting(workload, cluster, network)
 
 
 def forward_pass(setting: Setting, samples: int, factor: float = 1.0, name: str = "") -> Iterator[Operation]:
@@ -307,7 +308,19 @@ def batchnorm_collectives(
         group: The ranks that share their statistics.
     """
     one = setting.network.all_reduce(BATCHNORM_BYTES, group)
+    if setting.workload.batchnorm_latency is not None:
+        one = dataclasses.replace(one, seconds=setting.workload.batchnorm_latency * one.seconds, fast_seconds=None)
     return [Start(name, one.times(collectives), members, REPLICAS), Wait(name)]
+
+
+def batchnorm_waits(workload: Workload) -> int:
+    """Times in a pass that ranks wait for the slowest one at synchronised BatchNorm layers.
+
+    Where the collectives of these layers were measured in passes, their times contain it.
+    """
+    if workload.batchnorm_latency is not None:
+        return 0
+    return (BATCHNORM_FORWARD + BATCHNORM_BACKWARD) * workload.batchnorms
 
 
 class _Exchange:

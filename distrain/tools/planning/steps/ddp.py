@@ -16,6 +16,7 @@ from distrain.tools.planning.steps.common import (
     backward_pass,
     backward_with_exchange,
     batchnorm_collectives,
+    batchnorm_waits,
     bucket_sizes,
     forward_pass,
     parts_of,
@@ -77,8 +78,7 @@ def predict(
     program.append(Compute("update", workload.update_seconds))
     simulated = setting.simulate([program] * members, setting.representatives())
     # Each layer whose statistics are shared waits for the slowest rank.
-    layers = (BATCHNORM_FORWARD + BATCHNORM_BACKWARD) * workload.batchnorms if together else 0
-    times = workload.rounds * (1 + len(pieces) * layers)
+    times = workload.rounds * (1 + len(pieces) * (batchnorm_waits(workload) if together else 0))
     computed = max(sum(kinds.values()) for kinds in simulated.computed)
     stragglers = setting.stragglers(computed, replicas, 1 / times)
     stragglers += setting.stragglers_of_layers(computed, workload.rounds * len(pieces))

@@ -17,6 +17,7 @@ from distrain.tools.planning.steps.common import (
     backward_sums_by_gradient,
     backward_with_exchange,
     batchnorm_collectives,
+    batchnorm_waits,
     batchnorms_by_gradient,
     bucket_sizes,
     forward_pass,
@@ -89,8 +90,7 @@ class _Step:
         computed = max(sum(kinds.values()) for kinds in simulated.computed)
         # A block is gathered while the one before it computes, so ranks need not be on time for each. Each layer whose
         # statistics are shared waits for the slowest rank.
-        layers = (BATCHNORM_FORWARD + BATCHNORM_BACKWARD) * self._workload.batchnorms if self._together else 0
-        waits = 1 + len(self._pieces) * layers
+        waits = 1 + len(self._pieces) * (batchnorm_waits(self._workload) if self._together else 0)
         stragglers = self._setting.stragglers(computed, self._everyone.size, 1 / waits)
         stragglers += self._setting.stragglers_of_layers(computed, len(self._pieces))
         return Prediction(
