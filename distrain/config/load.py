@@ -217,10 +217,15 @@ def _as_omegaconf(schema: type[Any]) -> Any:
     return OmegaConf.structured(schema)
 
 
-@functools.cache
+#: The types of the keys of each schema that was loaded.
+_TYPES: dict[type[Any], dict[str, Any]] = {}
+
+
 def _types(schema: type[Any]) -> dict[str, Any]:
     """The type of each key."""
-    return typing.get_type_hints(schema)
+    if schema not in _TYPES:
+        _TYPES[schema] = typing.get_type_hints(schema)
+    return _TYPES[schema]
 
 
 def _expand_home(key: str, value: Any) -> Any:

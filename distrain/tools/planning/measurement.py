@@ -22,6 +22,7 @@ from distrain.models.foreign import auxiliary_weight
 from distrain.models.freezing import freeze_schedule, train_only
 from distrain.models.layers import layer_depths
 from distrain.optim.optimizers.build import build_optimizer
+from distrain.runtime.agreement import agreed
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.base import Strategy
@@ -29,7 +30,6 @@ from distrain.strategies.batchnorm import defer_running_statistics, synchronise_
 from distrain.strategies.pipeline import split
 from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks
 from distrain.strategies.single import Single
-from distrain.strategies.tensor_parallel.agreement import agreed
 from distrain.tools.planning.batchnorm_cost import Change, extra_seconds
 from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.cluster_measurement import Rank, measure_cluster, processors
@@ -374,7 +374,7 @@ class _Measurement:
             sequence, example = self._sequence(strategy, model), self._batch(strategy, 2).inputs
             layers.append(divide_model(divisions.config, ranks, starts, strategy, model, sequence, example))
 
-        strategy = agreed(self._everyone, self._device, lambda: self._strategy(divide))
+        strategy = agreed(self._everyone, self._runtime, lambda: self._strategy(divide))
         # About as much as a rank computes in a step of the whole model, though layers that stay whole take longer.
         times = min(ranks, _MOST_TIMES) if divisions.needs_times else 1
         whole = self._micro_batch_size or self._plan.config.data.batch_size
@@ -459,8 +459,8 @@ class _Measurement:
         for size, blocks in costs.items():
             whole = sum(cost.forward_ms + cost.backward_ms for cost in blocks) / 1000
             # What a block takes alone differs from its part of a whole pass, whose caches others have filled.
-            agreed = self._agree(whole, "sum") / self._world.size
-            scale[size] = steps[size].passes / max(agreed, 1e-9) / crowd
+            mean = self._agree(whole, "sum") / self._world.size
+            scale[size] = steps[size].passes / max(mean, 1e-9) / crowd
         largest = max(costs)
         profiles = []
         for index, cost in enumerate(costs[largest]):
