@@ -42,7 +42,7 @@ class ShardedStrategy(Strategy[OptionsT_co]):
 
     @property
     def _shards_parameters(self) -> bool:
-        """Whether this rank keeps slices of parameters, which are empty between steps."""
+        """Whether this rank keeps its slices alone: between steps parameters are empty."""
         return self._sharding.shard == FULL
 
     @property
