@@ -54,6 +54,11 @@ WAYS: dict[str, tuple[str, ...]] = {
     "float32": (*VIT, *ADAM, "trainer.grad_clip_norm=0.5"),
     "CIFAR-10 CNN": ("model=cifar_cnn", "data.height=32", "data.width=32", *ADAM, FP64),
     "ResNet-18 group norm": ("model=resnet18", "model.norm=group", *SGD, FP64, "trainer.memory_format=channels_last"),
+    "own state": (
+        *("model=custom", "model._target_=tests.strategies.tensor_parallel.models.SavedInItsOwnWay"),
+        *ADAM,
+        FP64,
+    ),
     # Large enough for a microbatch of one sample.
     BATCH_NORM: ("model=resnet18", "model.norm=batch", "data.height=16", "data.width=16", *SGD, FP64),
 }
@@ -72,7 +77,12 @@ MORE = {
         ("ViT", (*LAYERS, "model.checkpoint_activations=all"), FULL),
     ],
 }
-EVERYTHING = {mesh: [*itertools.product(WAYS, (mesh,), SHARDS), *MORE[mesh]] for mesh in (STAGES, LAYERS)}
+#: Ranks that share a stage save slices of parameters, not what modules make of them.
+OF_STAGES = [way for way in WAYS if way != "own state"]
+EVERYTHING = {
+    STAGES: [*itertools.product(OF_STAGES, (STAGES,), SHARDS), *MORE[STAGES]],
+    LAYERS: [*itertools.product(WAYS, (LAYERS,), SHARDS), *MORE[LAYERS]],
+}
 
 
 def train(*options: str) -> dict[str, Any]:
