@@ -69,7 +69,6 @@ class FlatBlock:
         self._pending: Pending | None = None
         self._sent: Tensor | None = None
         self.is_attached = False
-        self._is_lent = False
         first = self.parameters[0].detach()
         self._like = first.new_empty(0)
 
@@ -162,24 +161,6 @@ class FlatBlock:
         assert self._flat is not None and self.part is not None
         self.part.copy_(self._own_part(self._flat))
         mapped_memory.release(self.part)
-
-    def lend_part(self) -> None:
-        """Frees the memory of this rank's part, which is among the attached parameters too, until it is taken back.
-
-        Nothing may read the part or its slices meanwhile.
-        """
-        assert self.is_attached and self.part is not None
-        self.part.untyped_storage().resize_(0)
-        self._is_lent = True
-
-    @torch.no_grad()
-    def take_part_back(self) -> None:
-        """Gives this rank's part its memory and its values again, if it was lent."""
-        if self._is_lent:
-            assert self.part is not None
-            self.part.untyped_storage().resize_(self.part_bytes)
-            self.take_part_again()
-            self._is_lent = False
 
     # --- gathering ---------------------------------------------------------------------------------------------------
 

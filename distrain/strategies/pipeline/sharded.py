@@ -98,11 +98,7 @@ class ShardedPipeline(ShardedStrategy[PipelineConfig], Pipeline):
         with self.stopwatch.communication():
             for block in self._sharded.blocks:
                 block.start_gathering()
-        try:
-            yield
-        finally:
-            for block in self._sharded.blocks:
-                block.take_part_back()
+        yield
         # Not after an error, since a block waits for what is still under way, and the other ranks may be gone.
         for block in self._sharded.blocks:
             block.detach()
@@ -114,7 +110,6 @@ class ShardedPipeline(ShardedStrategy[PipelineConfig], Pipeline):
         with self.stopwatch.communication():
             for block in blocks:
                 block.attach()
-                block.lend_part()
 
     @contextmanager
     def _whole_stages(self, *, writes: bool = False) -> Iterator[None]:
