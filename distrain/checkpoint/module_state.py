@@ -172,6 +172,14 @@ def has_plain_state(module: nn.Module) -> bool:
     return all(torch_internals.has_plain_state(each) for each in module.modules())
 
 
+def saved_as_they_are(module: nn.Module, prefix: str = "") -> Iterator[str]:
+    """Names of the parameters that are surely in the state of a module as they are, under their names."""
+    if torch_internals.has_plain_state(module):
+        yield from (f"{prefix}{name}" for name, _ in module.named_parameters(recurse=False, remove_duplicate=False))
+        for name, child in module.named_children():
+            yield from saved_as_they_are(child, f"{prefix}{name}.")
+
+
 def check_fits(module: nn.Module, shapes: Mapping[str, torch.Size], plain: Mapping[str, Any] | None) -> None:
     """Refuses saved state that :func:`load` would refuse, as far as names and shapes tell; nothing is loaded.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -211,17 +210,22 @@ def _to_dataclass(key: str, schema: type[Any], node: Any) -> Any:
     return instance
 
 
-@functools.cache
-def _as_omegaconf(schema: type[Any]) -> Any:
+#: The OmegaConf form of each schema that was loaded.
+_STRUCTURED: dict[Any, Any] = {}
+
+
+def _as_omegaconf(schema: Any) -> Any:
     """The schema with its defaults, only to be merged from: what is merged is a copy."""
-    return OmegaConf.structured(schema)
+    if schema not in _STRUCTURED:
+        _STRUCTURED[schema] = OmegaConf.structured(schema)
+    return _STRUCTURED[schema]
 
 
 #: The types of the keys of each schema that was loaded.
-_TYPES: dict[type[Any], dict[str, Any]] = {}
+_TYPES: dict[Any, dict[str, Any]] = {}
 
 
-def _types(schema: type[Any]) -> dict[str, Any]:
+def _types(schema: Any) -> dict[str, Any]:
     """The type of each key."""
     if schema not in _TYPES:
         _TYPES[schema] = typing.get_type_hints(schema)

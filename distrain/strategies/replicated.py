@@ -307,7 +307,7 @@ class Replicated(Strategy[OptionsT_co]):
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[RestoredPart]:
         named_state.check_optimizer(self.config.optimizer.name, saved["scalars"])
-        module_state.load(self.model, *self.module_state_of(saved))
+        self._load_model(*self.module_state_of(saved))
         self._load_optimizer(saved["optimizer"], saved["scalars"]["optimizer"])
         names = [name for name, _ in self.model.named_parameters()]
         return [
@@ -315,6 +315,14 @@ class Replicated(Strategy[OptionsT_co]):
             self.precision.load_state_dict(saved["scalars"]["precision"]),
             *self.restore_compressor(saved, names, self.replicas.size),
         ]
+
+    def _load_model(self, tensors: Mapping[str, Tensor], plain: dict[str, Any] | None) -> None:
+        """Loads the model's saved state.
+
+        Raises:
+            ValueError: Names or shapes differ from the model's.
+        """
+        module_state.load(self.model, tensors, plain)
 
     def _load_optimizer(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
         """Loads an optimizer's saved state, by the model's names."""

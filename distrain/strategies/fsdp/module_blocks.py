@@ -8,6 +8,7 @@ parameter belongs to the smallest call of a module that contains all uses of it,
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from distrain import torch_internals
+from distrain.communication.collectives import Communicator
 from distrain.errors import described
 from distrain.gradients.bucket_sizes import MIB
 from distrain.runtime.device import RandomState
 
+log = logging.getLogger(__name__)
+
+#: Samples of the forward pass in which the uses of parameters are observed; BatchNorm needs two.
+OBSERVED_SAMPLES = 2
 #: Unless it is configured, a block has this part of the model's parameters, and at least so many MiB.
 _BLOCK_PART, _LEAST_BLOCK_MB = 1 / 16, 1.0
 
@@ -115,6 +121,37 @@ def choose_blocks(root: Call, bytes_of: Mapping[str, int], limit: float) -> list
 
     divide(root)
     return blocks
+
+
+def blocks_of_model(model: nn.Module, root: Call, block_mb: float | None) -> list[ModuleBlock]:
+    """Divides a model into blocks.
+
+    Args:
+        model: The model.
+        root: Its call, as :func:`observe` returns it.
+        block_mb: As ``strategy.block_mb``.
+    """
+    bytes_of = {name: each.numel() * each.element_size() for name, each in model.named_parameters()}
+    return choose_blocks(root, bytes_of, block_limit(block_mb, sum(bytes_of.values())))
+
+
+def agreed(blocks: Sequence[ModuleBlock], ranks: Communicator, device: torch.device) -> list[ModuleBlock]:
+    """The blocks of the first rank, since the model may have run in another way on another one.
+
+    Args:
+        blocks: This rank's.
+        ranks: Those that use the same blocks; they call it together.
+        device: On which they communicate.
+    """
+    plain = {"blocks": [[block.modules, block.parameters] for block in blocks]}
+    of_first = ranks.all_gather_json(plain, device)[0]["blocks"]
+    return [ModuleBlock(tuple(modules), tuple(parameters)) for modules, parameters in of_first]
+
+
+def warn_if(problem: str) -> None:
+    """Says that a model is one block, if :func:`observe` had a problem."""
+    if problem:
+        log.warning("the whole model is gathered at once, since a pass of it could not be observed: %s", problem)
 
 
 def observe(model: nn.Module, inputs: Tensor, *, shapes_only: bool = False) -> tuple[Call, str]:

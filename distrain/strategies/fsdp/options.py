@@ -45,26 +45,19 @@ def check_compression(shard: str, config: Config) -> None:
 
 @dataclass
 class ShardedUpdateConfig:
-    """What strategies need to know that keep whole parameters on each rank and shard what updates them.
+    """What strategies need to know that divide the model in another way, and shard what each part of it needs.
 
     Attributes:
         shard: One of :data:`SHARDS`.
         shard_size: Ranks of a shard group, which are replicas otherwise.
+        reshard_after_forward: As for :class:`FSDPConfig`.
+        block_mb: Likewise.
     """
 
     shard: str
     shard_size: int
-
-    def check_sharding(self, config: Config) -> None:
-        """Refuses what can't be sharded.
-
-        Raises:
-            ConfigError: Names the key.
-        """
-        if self.shard == FULL:
-            problem = "is possible beside replicas only: stages and divided layers keep all of their parameters"
-            raise ConfigError("strategy.shard", self.shard, problem, [OPTIMIZER, GRADIENTS])
-        check_compression(self.shard, config)
+    reshard_after_forward: bool
+    block_mb: float | None
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from distrain.config.schema import Config
 from distrain.strategies.base import OptionsT_co, Strategy
-from distrain.strategies.fsdp.options import ShardedUpdateConfig, shares
+from distrain.strategies.fsdp.options import FULL, ShardedUpdateConfig, check_compression, shares
 from distrain.strategies.fsdp.sharded_update import ShardedUpdate, ShardGroups, divide_replicas
 
 if TYPE_CHECKING:
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class ShardedStrategy(Strategy[OptionsT_co]):
-    """The first base class of a strategy whose replicas form groups that share optimizer state, or gradients too.
+    """The first base class of a strategy whose replicas form groups that share what ``strategy.shard`` says.
 
     All replicas share each batch, whether they are in one shard group or in several. The second base class makes
     gradients and an optimizer of what the first one gives it.
 
-    Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054), stages 1 and 2.
+    Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054).
     """
 
     slices_parameters = True
@@ -41,6 +41,11 @@ class ShardedStrategy(Strategy[OptionsT_co]):
         return cast(ShardedUpdateConfig, self.options)
 
     @property
+    def _shards_parameters(self) -> bool:
+        """Whether this rank keeps its slices alone: between steps parameters are empty."""
+        return self._sharding.shard == FULL
+
+    @property
     @override
     def layout(self) -> dict[str, Any]:
         return {**super().layout, "shard": self._sharding.shard}
@@ -49,7 +54,7 @@ class ShardedStrategy(Strategy[OptionsT_co]):
     @classmethod
     def check(cls, config: Config, world_size: int) -> None:
         super().check(config, world_size)
-        cast(ShardedUpdateConfig, cls.options_of(config)).check_sharding(config)
+        check_compression(cast(ShardedUpdateConfig, cls.options_of(config)).shard, config)
 
     @override
     @classmethod
@@ -66,9 +71,13 @@ class ShardedStrategy(Strategy[OptionsT_co]):
         self._sharded.add_held(held)
         return held
 
-    def _gather_unless(self, skipped: bool) -> bool:
-        """Gathers what the ranks have updated unless they skipped the update; returns whether they did."""
-        if not skipped:
-            with self.stopwatch.communication():
-                self._sharded.gather_updated()
-        return skipped
+    @override
+    def kept_parameters(self) -> dict[str, Tensor]:
+        if not self._shards_parameters:
+            return super().kept_parameters()
+        return self._sharded.model_slices(self._sharded.first_names)
+
+    @override
+    def part_of(self, name: str, whole: Tensor) -> Tensor:
+        own = super().part_of(name, whole)
+        return self._sharded.slice_of(name, own) if self._shards_parameters else own

@@ -6,7 +6,7 @@ of its stages (a pipeline) or its parts of divided layers (tensor parallelism).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -81,12 +81,13 @@ class ShardedUpdate:
     Args:
         modules: Have the parameters, with the unsplit model's names.
         parts: Each makes a block, or several where its parameters differ in type, device or the epochs in which they
-            are trained.
+            are trained, or are divided in part.
         shards: The ranks that share the blocks.
         freezing: Says in which epochs parameters are trained; ``None``: in all.
         value_of: Gives the value of a parameter, of which a rank keeps its slice alone. ``None``: every rank keeps
             whole parameters.
         offload: Says where slices and the optimizer's state of them lie; by default on the device.
+        divided: Names of the parameters that are a part of one of the unsplit model.
 
     Attributes:
         blocks: In the order of ``parts``.
@@ -105,10 +106,11 @@ class ShardedUpdate:
         freezing: FreezeSchedule | None,
         value_of: Callable[[Tensor], Tensor] | None = None,
         offload: Offload | None = None,
+        divided: Collection[str] = (),
     ) -> None:
         self._shards, self._offload = shards, offload or Offload()
         self.blocks_of_parts = [
-            [FlatBlock(kind, shards) for kind in _split_by_kind(part, freezing)] for part in parts if part
+            [FlatBlock(kind, shards) for kind in _split_by_kind(part, freezing, divided)] for part in parts if part
         ]
         self.blocks = [block for blocks in self.blocks_of_parts for block in blocks]
         for block in self.blocks:
@@ -174,6 +176,19 @@ class ShardedUpdate:
         """Where this rank's slice of a parameter is; ``None`` if it has none, or that is no parameter's name."""
         return self.places.get(self.first_names.get(name, ""))
 
+    def slice_of(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's slice of a tensor of a parameter's shape; the tensor itself where it has none.
+
+        Raises:
+            ValueError: It has another shape.
+        """
+        place = self.place_of(name)
+        if place is None:
+            return whole
+        if whole.shape != place.shape:
+            raise ValueError(f"{name} is {tuple(whole.shape)}, the model's {tuple(place.shape)}")
+        return place.of_whole(whole)
+
     def model_slices(self, names: Iterable[str]) -> dict[str, Tensor]:
         """This rank's slices of the parameters among some names of a model's tensors."""
         return {name: place.part for name in names if (place := self.place_of(name)) is not None}
@@ -207,6 +222,29 @@ class ShardedUpdate:
             )
             state["optimizer"], state["slices"]["optimizer"], state["scalars"]["optimizer"] = tensors, slices, scalars
 
+    def kept_slice(self, name: str) -> Tensor:
+        """This rank's slice of a parameter; empty if it has none."""
+        place, (block, _) = self.place_of(name), self._entry(name)
+        assert block.part is not None
+        return block.part[:0] if place is None else place.part
+
+    def _entry(self, name: str) -> tuple[FlatBlock, int]:
+        """The block that has a parameter, and the parameter's index in it."""
+        first = self.first_names[name]
+        return next((block, block.names.index(first)) for block in self.blocks if first in block.names)
+
+    def whole_of(self, name: str, kept: Tensor, device: torch.device) -> Tensor:
+        """The tensor of a parameter's shape of which each rank has a slice; all ranks call it together.
+
+        Args:
+            name: The parameter's.
+            kept: This rank's slice; empty if it has none.
+            device: On which ranks communicate.
+        """
+        block, index = self._entry(name)
+        slices = [rank[name] for rank in self._shards.all_gather_tensors({name: kept}, device)]
+        return block.in_shape(index, torch.cat(slices))
+
     def whole_optimizer_state(
         self, optimizer: torch.optim.Optimizer, device: torch.device
     ) -> Iterator[tuple[str, Tensor]]:
@@ -229,11 +267,11 @@ class ShardedUpdate:
             self._offload.settle(optimizer, slices)
 
 
-def _split_by_kind(named: Part, freezing: FreezeSchedule | None) -> list[Part]:
-    """Parameters of one type and device that are trained in the same epochs."""
+def _split_by_kind(named: Part, freezing: FreezeSchedule | None, divided: Collection[str]) -> list[Part]:
+    """Parameters of one type and device that are trained in the same epochs, and are all divided or all whole."""
     kinds: dict[Any, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in named:
         epochs = [] if freezing is None else [name in freezing.trained(epoch) for epoch in freezing.epochs]
-        kind = (parameter.dtype, parameter.device, parameter.requires_grad, tuple(epochs))
+        kind = (parameter.dtype, parameter.device, parameter.requires_grad, tuple(epochs), name in divided)
         kinds.setdefault(kind, []).append((name, parameter))
     return [*kinds.values()]

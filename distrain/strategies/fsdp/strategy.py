@@ -6,8 +6,8 @@ Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054); Zhao et al. 2023, "PyTorch F
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,23 +16,20 @@ from typing_extensions import override
 
 from distrain.checkpoint import module_state, named_state
 from distrain.checkpoint.restore_report import RestoredPart
-from distrain.checkpoint.saved_tensors import described
 from distrain.communication.collectives import Communicator, digest
 from distrain.config.registry import register
 from distrain.config.schema import Config
 from distrain.data.sampler import accumulated_pieces
-from distrain.files import mapped_memory
 from distrain.gradients.bucket_sizes import MIB
 from distrain.gradients.buckets import Gradients, ReducedGradients, split_into_buckets
-from distrain.models.outputs import logits_of
 from distrain.models.tensors import named_tensors, parameter_bytes
 from distrain.runtime.agreement import agreed
 from distrain.runtime.device import float64_device
 from distrain.runtime.malloc import return_large_blocks
-from distrain.strategies.base import MakeOptimizer, StepResult
-from distrain.strategies.ddp import DDP
-from distrain.strategies.fsdp import module_blocks, offload, options, sliced_state
-from distrain.strategies.fsdp.gatherer import Gatherer
+from distrain.strategies.base import MakeOptimizer
+from distrain.strategies.ddp import DDP, DDPConfig
+from distrain.strategies.fsdp import module_blocks, offload, options
+from distrain.strategies.fsdp.gathering_strategy import GatheringStrategy
 from distrain.strategies.fsdp.module_blocks import ModuleBlock
 from distrain.strategies.fsdp.options import FILE, FULL, KEPT, OPTIMIZER, FSDPConfig
 from distrain.strategies.fsdp.scattered_gradients import ScatteredGradients
@@ -41,19 +38,16 @@ from distrain.strategies.held_memory import bytes_by_kind, copies_of_parameters
 from distrain.tasks.base import Task
 
 if TYPE_CHECKING:
-    from distrain.data.batch import Batch
     from distrain.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
 #: With shard=full, a larger model is held whole by no rank, not even for a trial, and freed memory is not kept.
 _MOST_TRIAL_MB = 64
-#: Samples of the forward pass in which the uses of parameters are observed; BatchNorm needs two.
-_OBSERVED_SAMPLES = 2
 
 
 @register("strategy", "fsdp", FSDPConfig)
-class FSDP(DDP):
+class FSDP(GatheringStrategy[DDPConfig], DDP):
     """Trains as :class:`~distrain.strategies.ddp.DDP` does, and keeps on each rank its part of what others copy.
 
     Parameters are laid out in flat blocks that are cut into equal parts, one for each rank of a shard group. The
@@ -74,7 +68,6 @@ class FSDP(DDP):
         # The mesh of ddp, which super() has made, has one dimension; its group is that of all ranks.
         self.mesh = divide_replicas(self.mesh, self._sharding.ranks_of_group(runtime.world.size), runtime)
         self._groups = ShardGroups.of_mesh(self.mesh, runtime, self.ledger)
-        self._gatherer: Gatherer | None = None
         # A copy of what lies in a file would take the memory that the file saves.
         self.saves_in_background = self._sharding.offload != FILE
 
@@ -142,10 +135,6 @@ class FSDP(DDP):
         self._module_blocks = self._choose_module_blocks(model, example) if self._shard == FULL else []
         super().setup(model, task, make_optimizer, example)
         self.initial_values = None
-        if self._gatherer is not None:
-            self._gatherer.gather_for_recomputed(model)
-        # A sample for passes of an evaluation in which this rank has none.
-        self._stand_in = example.new_zeros(1, *example.shape[1:])
 
     @override
     def sync_initial_state(self, model: nn.Module, communicator: Communicator) -> None:
@@ -160,7 +149,7 @@ class FSDP(DDP):
             agreed(self._setup_ranks, self.runtime, lambda: values.fill(dict(named)))
 
     def _choose_module_blocks(self, model: nn.Module, example: Tensor) -> list[ModuleBlock]:
-        inputs = example.new_zeros(_OBSERVED_SAMPLES, *example.shape[1:])
+        inputs = example.new_zeros(module_blocks.OBSERVED_SAMPLES, *example.shape[1:])
         if self.initial_values is not None:
             with self.precision.autocast():
                 root, problem = module_blocks.observe(model, inputs, shapes_only=True)
@@ -171,17 +160,9 @@ class FSDP(DDP):
         if self.initial_values is None:
             with self.precision.autocast():
                 root, problem = module_blocks.observe(model, inputs)
-            if problem:
-                log.warning(
-                    "the whole model is gathered at once, since a pass of it could not be observed: %s", problem
-                )
-        bytes_of = {name: each.numel() * each.element_size() for name, each in model.named_parameters()}
-        limit = module_blocks.block_limit(self._sharding.block_mb, sum(bytes_of.values()))
-        chosen = module_blocks.choose_blocks(root, bytes_of, limit)
-        # The model may have run in another way on another rank.
-        plain = {"blocks": [[block.modules, block.parameters] for block in chosen]}
-        agreed = self.replicas.all_gather_json(plain, self.runtime.device)[0]["blocks"]
-        return [ModuleBlock(tuple(modules), tuple(parameters)) for modules, parameters in agreed]
+            module_blocks.warn_if(problem)
+        chosen = module_blocks.blocks_of_model(model, root, self._sharding.block_mb)
+        return module_blocks.agreed(chosen, self.replicas, self.runtime.device)
 
     def _why_not_part_by_part(self, model: nn.Module, problem: str) -> str:
         """Why not all ranks can compute the initial values of their parts alone; all ranks call it together.
@@ -214,7 +195,8 @@ class FSDP(DDP):
         if self._shard == OPTIMIZER:
             gradients = Gradients(named.items(), self.replicas, self.compressor, self.stopwatch, *sizes)
         elif self._shard == FULL:
-            self._gatherer = self._make_gatherer()
+            reshards = self._sharding.reshard_after_forward
+            self._gatherer = self._make_gatherer(self._module_blocks, reshards=reshards)
             gradients = ScatteredGradients(blocks[::-1], self._groups, self.stopwatch, self._gatherer.pass_over)
         else:
             gradients = ScatteredGradients(blocks, self._groups, self.stopwatch)
@@ -230,20 +212,6 @@ class FSDP(DDP):
         with offload.room(self._sharding):
             self._offload = offload.choose(self._sharding, self.runtime.device)
             return ShardedUpdate([self.model], parts, self._groups.shards, self.freezing, value_of, self._offload)
-
-    def _make_gatherer(self) -> Gatherer:
-        uses, first = [], 0
-        with_parameters = [block for block in self._module_blocks if block.parameters]
-        for module_block, blocks in zip(with_parameters, self._sharded.blocks_of_parts, strict=True):
-            modules = [self.model.get_submodule(name) for name in module_block.modules]
-            uses.append((modules, first, first + len(blocks) - 1))
-            first += len(blocks)
-        reshards = self._sharding.reshard_after_forward
-        return Gatherer(self.model, self._sharded.blocks, uses, self.stopwatch, reshard_after_forward=reshards)
-
-    @override
-    def _updated_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return [*self._sharded.slices.items()]
 
     @override
     def _make_optimizer(self, make: MakeOptimizer, updated: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
@@ -289,16 +257,6 @@ class FSDP(DDP):
         unsent = self._sharded.trained_bytes if whole else sum(sizes[:1])
         return unsent + (0 if self._gatherer is None else sum(gathered))
 
-    @override
-    def _rebuild_buckets(self) -> None:
-        if isinstance(self.gradients, ScatteredGradients):
-            self.gradients.rebuild()
-            if self._gatherer is not None:
-                self._gatherer.rebuild()
-        else:
-            super()._rebuild_buckets()
-        self._sharded.assign_gradients([self.gradients])
-
     def _log_setup(self) -> None:
         blocks = self._sharded.blocks
         largest = max((block.bytes for block in blocks), default=0)
@@ -312,70 +270,7 @@ class FSDP(DDP):
             self._sharding.offload_line(),
         )
 
-    # --- the step ----------------------------------------------------------------------------------------------------
-
-    @override
-    def _accumulate(self, batch: Batch, count: int, *, sends: bool) -> StepResult:
-        if self._gatherer is not None:
-            # First, so that the last pieces, after which gradients are sent, coincide.
-            pieces = accumulated_pieces(self.config.trainer.largest_pass, batch.global_count, self.data_shard[1])
-            for _ in range(pieces - len(self._pieces(batch))):
-                self._gatherer.pass_without_samples()
-        return super()._accumulate(batch, count, sends=sends)
-
-    @override
-    def _update(self) -> bool:
-        if self._gatherer is not None:
-            self._gatherer.end_step()
-        skipped = super()._update()
-        if self._gatherer is None and not skipped:
-            with self.stopwatch.communication():
-                self._sharded.gather_updated()
-        return skipped
-
-    @override
-    def eval_step(self, batch: Batch) -> StepResult:
-        if len(batch) or self._gatherer is None or self._evaluates_together:
-            return super().eval_step(batch)
-        self._prepare_model_state()
-        self._forward.eval()
-        # The others gather blocks, so this rank runs a sample that is not counted.
-        with torch.no_grad(), self.precision.autocast():
-            self.task.evaluate(lambda inputs: logits_of(self._forward(inputs)), self._stand_in)
-        return self._no_samples()
-
-    @override
-    def uncompressed_bytes_per_step(self) -> int:
-        gathered = self._sharded.trained_bytes if self._gatherer is None else sum(self._gatherer.bytes_per_pass)
-        return self.gradients.bytes_per_step + self._sharded.bytes_to_gather(gathered)
-
     # --- state -------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _whole_model(self, *, writes: bool = False) -> Iterator[None]:
-        """Inside this block the model has all its parameters on every rank; all ranks enter it together.
-
-        Args:
-            writes: The parameters are written to, to the same values on all ranks.
-        """
-        if self._gatherer is not None:
-            for block in self._sharded.blocks:
-                block.attach()
-        try:
-            yield
-            if writes and self._gatherer is not None:
-                for block in self._sharded.blocks:
-                    block.take_part_again()
-        finally:
-            if self._gatherer is not None:
-                for block in self._sharded.blocks:
-                    block.detach()
-
-    @override
-    def model_state(self) -> dict[str, Tensor]:
-        with self._whole_model():
-            state = super().model_state()
-            return {name: tensor.clone() for name, tensor in state.items()} if self._gatherer else state
 
     @override
     def kept_parameters(self) -> dict[str, Tensor]:
@@ -385,12 +280,7 @@ class FSDP(DDP):
 
     @override
     def part_of(self, name: str, whole: Tensor) -> Tensor:
-        place = self._sharded.place_of(name)
-        if self._gatherer is None or place is None:
-            return whole
-        if whole.shape != place.shape:
-            raise ValueError(f"{name} is {tuple(whole.shape)}, the model's {tuple(place.shape)}")
-        return place.of_whole(whole)
+        return whole if self._gatherer is None else self._sharded.slice_of(name, whole)
 
     @override
     def saved_part(self, name: str, kept: Tensor) -> Tensor:
@@ -415,32 +305,11 @@ class FSDP(DDP):
             self._bucket_sizing.load_state_dict(saved["scalars"].get("buckets"))
             self._rebuild_buckets()
         named_state.check_optimizer(self.config.optimizer.name, saved["scalars"])
-        if self._gatherer is not None and module_state.has_plain_state(self.model):
-            self._load_parts(*self.module_state_of(saved))
-        else:
-            with self._whole_model(writes=True):
-                module_state.load(self.model, *self.module_state_of(saved))
-        self._sharded.load_optimizer(self.optimizer, saved["optimizer"], saved["scalars"]["optimizer"])
+        self._load_model(*self.module_state_of(saved))
+        self._load_optimizer(saved["optimizer"], saved["scalars"]["optimizer"])
         names = [name for name, _ in self.model.named_parameters()]
         return [
             *named_state.restored_parts(saved, self.precision.dtype),
             self.precision.load_state_dict(saved["scalars"]["precision"]),
             *self.restore_compressor(saved, names, self.replicas.size),
         ]
-
-    @torch.no_grad()
-    def _load_parts(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any] | None) -> None:
-        """Loads a saved model without ever having more of it than this rank's slices and one tensor.
-
-        Raises:
-            ValueError: Names or shapes differ from the model's.
-        """
-        sharded = self._sharded
-        shapes = {name: block.shapes[index] for block in sharded.blocks for index, name in enumerate(block.names)}
-        own = {name: sliced_state.shaped(shapes[first]) for name, first in sharded.first_names.items()}
-        module_state.check_entries({**self.model.state_dict(), **own}, described(tensors))
-        others = {name: tensors[name] for name in tensors if name not in sharded.first_names}
-        module_state.load(self.model, others, plain, apart=sharded.first_names)
-        for name, place in sharded.places.items():
-            place.part.copy_(place.of_whole(tensors[name]))
-            mapped_memory.release(place.part)

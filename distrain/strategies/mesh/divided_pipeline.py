@@ -205,7 +205,7 @@ class DividedPipeline(DividedStrategy[PipelineConfig], Pipeline):
     @override
     def begin_epoch(self, epoch: int) -> None:
         super().begin_epoch(epoch)
-        self._share_wholes(super()._own_model_state())
+        self._share_wholes({**super()._own_model_state(), **self.kept_parameters()})
 
     # --- state -------------------------------------------------------------------------------------------------------
 

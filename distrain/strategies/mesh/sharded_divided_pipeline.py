@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from distrain.checkpoint import named_state
@@ -13,14 +13,15 @@ from distrain.checkpoint.module_state import ModuleState
 from distrain.strategies.fsdp.flat_block import FlatBlock
 from distrain.strategies.fsdp.scattered_gradients import ScatteredGradients
 from distrain.strategies.mesh.divided_pipeline import DividedPipeline
+from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.pipeline.sharded import ShardedPipeline
 from distrain.strategies.pipeline.stage import Stage
 from distrain.strategies.pipeline.strategy import Pipeline
 from distrain.strategies.tensor_parallel.divided_gradients import split_by_division
-from distrain.strategies.tensor_parallel.sharded import ScatteredDividedGradients, saved_optimizer
+from distrain.strategies.tensor_parallel.sharded_division import ScatteredDividedGradients, ShardedDivision
 
 
-class ShardedDividedPipeline(ShardedPipeline, DividedPipeline):
+class ShardedDividedPipeline(ShardedDivision[PipelineConfig], ShardedPipeline, DividedPipeline):
     """As both; a checkpoint has whole tensors, which the ranks of a stage put together one by one."""
 
     @override
@@ -32,21 +33,8 @@ class ShardedDividedPipeline(ShardedPipeline, DividedPipeline):
         return ScatteredDividedGradients(blocks, self._cuts.keys(), self.tensor_group, self._groups, self.stopwatch)
 
     @override
-    def saved_part(self, name: str, kept: Tensor) -> Tensor:
-        return DividedPipeline.saved_part(self, name, kept)
-
-    @override
     def _saved_tensors(self, states: Sequence[ModuleState]) -> dict[str, Any]:
         _, scalars = named_state.optimizer_state(self.optimizer, self._names)
         scalars = self._sharded.of_all_ranks(scalars, self.runtime.device)
-        # The optimizer's tensors follow in `state_dict`.
-        return {**Pipeline._saved_tensors(self, states), "optimizer": {}, "scalars": {"optimizer": scalars}}
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if self._groups.replicas.rank == 0:
-            state["optimizer"] = saved_optimizer(
-                self._sharded, self.optimizer, self._cuts, self.tensor_group, self.runtime.device
-            )
-        return state
+        saved = self._without_parameters(Pipeline._saved_tensors(self, states))
+        return {**saved, "scalars": {"optimizer": scalars}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +53,7 @@ class Stage:
         auxiliary_weight: Weight of the loss of each auxiliary head of the model.
 
     Attributes:
+        before_pass: Called before each forward pass, which needs the part's parameters.
         measures_memory: Whether forward passes measure the size of activations, which takes a little time.
         peak_activation_bytes: Largest size measured of all activations held at once.
     """
@@ -83,6 +84,7 @@ class Stage:
         self._precision = precision
         self._auxiliary_weight = auxiliary_weight
         self._saved: dict[int, _SavedMicrobatch] = {}
+        self.before_pass: Callable[[], None] = lambda: None
         self.measures_memory = True
         self.peak_activation_bytes = 0
 
@@ -101,6 +103,7 @@ class Stage:
             The tensors of the output (of the last stage, the logits), and the sum of the losses, which is 0 except on
             the last stage.
         """
+        self.before_pass()
         leaves = []
         if self._input is not None:
             pairs = zip(inputs, self._input.tensors, strict=True)
@@ -133,6 +136,7 @@ class Stage:
         Returns:
             The output's tensors; of the last stage, the logits.
         """
+        self.before_pass()
         value = self._run(inputs)
         return [logits_of(value)] if self.is_last else flatten(value)
 

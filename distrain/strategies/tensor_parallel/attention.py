@@ -57,7 +57,9 @@ class DividedAttention(nn.Module):
 
     def _normalised(self, norm: nn.Module, of_heads: Tensor) -> Tensor:
         """All heads share the norm's parameters, so their gradients are summed over the ranks."""
-        parameters = {name: self.ranks.enter(parameter) for name, parameter in norm.named_parameters()}
+        # Views, by which an observer of the calls sees that this one, and not the norm's, needs the parameters.
+        views = {name: parameter.view_as(parameter) for name, parameter in norm.named_parameters()}
+        parameters = {name: self.ranks.enter(view) for name, view in views.items()}
         if not parameters:
             return norm(of_heads)  # type: ignore[no-any-return]
         found: Tensor = torch.func.functional_call(norm, parameters, (of_heads,))

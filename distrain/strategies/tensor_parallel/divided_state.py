@@ -201,7 +201,7 @@ def share_wholes(
     They compute the same numbers, but processors of different kinds may round in different ways.
 
     Args:
-        tensors: This rank's; changed in place.
+        tensors: This rank's, of the same shapes on all ranks where they are whole; changed in place.
         cuts: How those that are divided were cut.
         group: The ranks, which call it together.
         device: Device of the tensors.
@@ -211,5 +211,6 @@ def share_wholes(
     if all(bool(other == hashes[0]) for other in hashes):
         return False
     for tensor in wholes.values():
-        tensor.copy_(group.broadcast(tensor.contiguous()))
+        if tensor.numel():
+            tensor.copy_(group.broadcast(tensor.contiguous()))
     return True

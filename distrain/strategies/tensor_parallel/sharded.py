@@ -1,70 +1,69 @@
-"""Divided layers of which several ranks hold each part, and share its optimizer state, or its gradients too."""
+"""Divided layers of which several ranks hold each part, and share what ``strategy.shard`` says of it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
-from distrain.communication.collectives import Communicator
+from distrain.checkpoint import module_state
 from distrain.gradients.bucket_sizes import MIB
 from distrain.gradients.buckets import ReducedGradients
-from distrain.reporting.metrics import Stopwatch
-from distrain.strategies.fsdp.flat_block import FlatBlock
+from distrain.strategies.base import MakeOptimizer
+from distrain.strategies.fsdp import module_blocks
+from distrain.strategies.fsdp.gathering_strategy import GatheringStrategy
+from distrain.strategies.fsdp.module_blocks import OBSERVED_SAMPLES, ModuleBlock
 from distrain.strategies.fsdp.options import OPTIMIZER
-from distrain.strategies.fsdp.scattered_gradients import ScatteredGradients
-from distrain.strategies.fsdp.sharded_strategy import ShardedStrategy
-from distrain.strategies.fsdp.sharded_update import ShardedUpdate, ShardGroups
-from distrain.strategies.tensor_parallel import divided_state
-from distrain.strategies.tensor_parallel.cut import Cut
+from distrain.strategies.fsdp.sharded_update import ShardedUpdate
+from distrain.strategies.tensor_parallel.agreement import Apart, WatchedRun
 from distrain.strategies.tensor_parallel.divided_gradients import split_by_division
 from distrain.strategies.tensor_parallel.options import TensorParallelConfig
+from distrain.strategies.tensor_parallel.sharded_division import ScatteredDividedGradients, ShardedDivision
 from distrain.strategies.tensor_parallel.strategy import TensorParallel
+from distrain.strategies.tensor_parallel.trial import Trial
+from distrain.tasks.base import Task
+
+log = logging.getLogger(__name__)
 
 
-class ScatteredDividedGradients(ScatteredGradients):
-    """As :class:`~distrain.strategies.fsdp.scattered_gradients.ScatteredGradients` of a model with divided parameters.
+class ShardedTensorParallel(
+    GatheringStrategy[TensorParallelConfig], ShardedDivision[TensorParallelConfig], TensorParallel
+):
+    """Divided layers of which several ranks hold each part, and each of them updates its slices of it.
 
-    Args:
-        blocks: Each with parts of parameters alone, or with whole parameters alone.
-        divided: Names of the parameters that are divided.
-        tensor_group: The ranks that have the parts.
-        groups: The ranks that share each block.
-        stopwatch: Records exposed communication.
+    With ``shard=full`` the ranks of a shard group gather parts of parameters where passes use them. All ranks do so at
+    the same places among the exchanges of divided layers, since they have the same blocks.
     """
 
-    def __init__(
-        self,
-        blocks: Sequence[FlatBlock],
-        divided: Collection[str],
-        tensor_group: Communicator,
-        groups: ShardGroups,
-        stopwatch: Stopwatch,
-    ) -> None:
-        self._divided, self._tensor_group = frozenset(divided), tensor_group
-        super().__init__(blocks, groups, stopwatch)
+    # --- set-up ------------------------------------------------------------------------------------------------------
 
     @override
-    def norm(self) -> Tensor:
-        """Euclidean norm over the gradients of the unsplit model, a scalar; all ranks of a replica call it together."""
-        if not self._blocks:
-            return torch.zeros(())
-        first = self._blocks[0].gradient
-        assert first is not None
-        whole, divided = first.new_zeros(()), first.new_zeros(())
-        for block in self._blocks:
-            assert block.gradient is not None
-            squares = torch.linalg.vector_norm(block.gradient).square()
-            (divided if block.names[0] in self._divided else whole).add_(squares)
-        sums = self._group.all_reduce(torch.stack([whole, divided]))
-        return (sums[0] + self._tensor_group.all_reduce(sums[1].clone())).sqrt()
+    def setup(self, model: nn.Module, task: Task, make_optimizer: MakeOptimizer, example: Tensor) -> None:
+        self._observed = example.new_zeros(OBSERVED_SAMPLES, *example.shape[1:])
+        super().setup(model, task, make_optimizer, example)
 
+    @override
+    def _compare(self, trial: Trial, model: nn.Module) -> None:
+        super()._compare(trial, model)
+        if self._shards_parameters:
+            # The calls of divided layers are not those of whole ones; and before replicas communicate in layers.
+            self._module_blocks = self._choose_module_blocks(model)
 
-class ShardedTensorParallel(ShardedStrategy[TensorParallelConfig], TensorParallel):
-    """Divided layers of which several ranks hold each part, and each of them updates its slices of it."""
+    def _choose_module_blocks(self, model: nn.Module) -> list[ModuleBlock]:
+        root, problem = module_blocks.Call("", parameters=[name for name, _ in model.named_parameters()]), ""
+        try:
+            run = WatchedRun(self.tensor_group, self.runtime.device)
+            with self._layers.watched(run), self.precision.autocast():
+                root, problem = run.run(lambda: module_blocks.observe(model, self._observed))
+        except Apart as apart:
+            problem = str(apart)
+        module_blocks.warn_if(problem)
+        chosen = module_blocks.blocks_of_model(model, root, self._sharding.block_mb)
+        return module_blocks.agreed(chosen, self.training_group, self.runtime.device)
 
     @override
     def _make_gradients(self) -> ReducedGradients:
@@ -73,71 +72,44 @@ class ShardedTensorParallel(ShardedStrategy[TensorParallelConfig], TensorParalle
             gradients = super()._make_gradients()
         else:
             self._choose_bucket_sizes()
-        sizes = [size * MIB for size in self._bucket_sizing.sizes(self._gradient_bytes())]
-        parts = split_by_division([*self.model.named_parameters()][::-1], self._cuts, *sizes)
-        self._sharded = ShardedUpdate([self.model], parts, self._groups.shards, self.freezing)
+        named, value_of = dict(self.model.named_parameters()), None
+        if self._shards_parameters:
+            parts = [[(name, named[name]) for name in block.parameters] for block in self._module_blocks]
+            value_of = torch.detach
+        else:
+            sizes = [size * MIB for size in self._bucket_sizing.sizes(self._gradient_bytes())]
+            parts = split_by_division([*named.items()][::-1], self._cuts, *sizes)
+        self._sharded = ShardedUpdate(
+            [self.model], parts, self._groups.shards, self.freezing, value_of, divided=self._cuts
+        )
         if gradients is None:
-            gradients = ScatteredDividedGradients(
-                self._sharded.blocks, self._cuts.keys(), self.tensor_group, self._groups, self.stopwatch
-            )
+            gradients = self._scatter()
         self._sharded.assign_gradients([gradients])
         return gradients
 
-    @override
-    def _rebuild_buckets(self) -> None:
-        if isinstance(self.gradients, ScatteredGradients):
-            self.gradients.rebuild()
-        else:
-            super()._rebuild_buckets()
-        self._sharded.assign_gradients([self.gradients])
+    def _scatter(self) -> ScatteredDividedGradients:
+        blocks, divided = self._sharded.blocks, self._cuts.keys()
+        if not self._shards_parameters:
+            return ScatteredDividedGradients(blocks, divided, self.tensor_group, self._groups, self.stopwatch)
+        self._gatherer = self._make_gatherer(self._module_blocks, reshards=self._sharding.reshard_after_forward)
+        log.info(
+            "shard=full: parts of parameters in %d blocks, each of which %d ranks share",
+            len(blocks),
+            self._groups.shards.size,
+        )
+        return ScatteredDividedGradients(
+            blocks[::-1], divided, self.tensor_group, self._groups, self.stopwatch, self._gatherer.pass_over
+        )
 
-    @override
-    def _update(self) -> bool:
-        return self._gather_unless(super()._update())
+    # --- state -------------------------------------------------------------------------------------------------------
 
     @override
     def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        _, scalars = super()._optimizer_state()
-        # The tensors follow in `state_dict`.
-        return {}, self._sharded.of_all_ranks(scalars, self.runtime.device)
+        tensors, scalars = super()._optimizer_state()
+        return tensors, self._sharded.of_all_ranks(scalars, self.runtime.device)
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if self._groups.replicas.rank == 0:
-            state["optimizer"] = saved_optimizer(
-                self._sharded, self.optimizer, self._cuts, self.tensor_group, self.runtime.device
-            )
-        return state
-
-    @override
-    def _load_optimizer(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        self._sharded.load_optimizer(self.optimizer, tensors, scalars)
-
-
-def saved_optimizer(
-    sharded: ShardedUpdate,
-    optimizer: torch.optim.Optimizer,
-    cuts: Mapping[str, Cut],
-    tensor_group: Communicator,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """What this rank saves of an optimizer's tensors, each whole.
-
-    They are gathered one by one, so that no rank has more than it saves and one tensor.
-
-    Args:
-        sharded: What the shard group shares.
-        optimizer: Of this rank's slices.
-        cuts: How parameters were cut.
-        tensor_group: The ranks that have the parts; they and their shard groups call it together.
-        device: On which ranks communicate.
-    """
-    found = {}
-    parts = sharded.whole_optimizer_state(optimizer, device)
-    for key, tensor in divided_state.gathered_optimizer(parts, cuts, tensor_group):
-        place = sharded.place_of(key.rpartition("/")[0])
-        # Of the ranks that have gathered the same tensor, that with its first slice saves it.
-        if place is not None and place.slice.start == 0:
-            found[key] = tensor
-    return found
+    def _saved(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
+        # A module that saves its state in its own way needs all its parameters for that.
+        with nullcontext() if module_state.has_plain_state(self.model) else self._whole_model():
+            return self._without_parameters(super()._saved(tensors, scalars))

@@ -157,7 +157,7 @@ class TensorParallel(DividedStrategy[TensorParallelConfig], DataParallel[TensorP
     @override
     def begin_epoch(self, epoch: int) -> None:
         super().begin_epoch(epoch)
-        self._share_wholes(module_state.read(self.model).tensors)
+        self._share_wholes({**module_state.read(self.model).tensors, **self.kept_parameters()})
 
     # --- state -------------------------------------------------------------------------------------------------------
 

@@ -35,9 +35,13 @@ REPLICAS = {
     STAGES: ("strategy=mesh", "strategy.mesh.pipeline=2"),
     LAYERS: ("strategy=mesh", "strategy.mesh.tensor=2"),
 }
-OPTIMIZER, GRADIENTS = "strategy.shard=optimizer", "strategy.shard=gradients"
+SHARDS = OPTIMIZER, GRADIENTS, FULL = (
+    "strategy.shard=optimizer",
+    "strategy.shard=gradients",
+    "strategy.shard=full",
+)
 #: Many small blocks.
-SMALL_BLOCKS = ("strategy.first_bucket_mb=1e-3", "strategy.bucket_mb=1e-3")
+SMALL_BLOCKS = ("strategy.first_bucket_mb=1e-3", "strategy.bucket_mb=1e-3", "strategy.block_mb=1e-3")
 #: Ways of training; a batch has 10 samples, the last one of an epoch 7.
 WAYS: dict[str, tuple[str, ...]] = {
     "group norm": (
@@ -50,18 +54,35 @@ WAYS: dict[str, tuple[str, ...]] = {
     "float32": (*VIT, *ADAM, "trainer.grad_clip_norm=0.5"),
     "CIFAR-10 CNN": ("model=cifar_cnn", "data.height=32", "data.width=32", *ADAM, FP64),
     "ResNet-18 group norm": ("model=resnet18", "model.norm=group", *SGD, FP64, "trainer.memory_format=channels_last"),
+    "own state": (
+        *("model=custom", "model._target_=tests.strategies.tensor_parallel.models.SavedInItsOwnWay"),
+        *ADAM,
+        FP64,
+    ),
     # Large enough for a microbatch of one sample.
     BATCH_NORM: ("model=resnet18", "model.norm=batch", "data.height=16", "data.width=16", *SGD, FP64),
 }
 #: What every run of the tests trains.
 ALWAYS = [
-    ("group norm", STAGES, GRADIENTS),
+    ("group norm", STAGES, FULL),
     ("float32", STAGES, OPTIMIZER),
     ("frozen", STAGES, GRADIENTS),
-    ("ViT", LAYERS, GRADIENTS),
+    ("ViT", LAYERS, FULL),
     ("float32", LAYERS, OPTIMIZER),
 ]
-EVERYTHING = {mesh: [*itertools.product(WAYS, (mesh,), (OPTIMIZER, GRADIENTS))] for mesh in (STAGES, LAYERS)}
+MORE = {
+    STAGES: [("ViT", (*STAGES, "strategy.schedule=zbv_zero_bubble"), FULL)],
+    LAYERS: [
+        ("ViT", (*LAYERS, "strategy.reshard_after_forward=false"), FULL),
+        ("ViT", (*LAYERS, "model.checkpoint_activations=all"), FULL),
+    ],
+}
+#: Ranks that share a stage save slices of parameters, not what modules make of them.
+OF_STAGES = [way for way in WAYS if way != "own state"]
+EVERYTHING = {
+    STAGES: [*itertools.product(OF_STAGES, (STAGES,), SHARDS), *MORE[STAGES]],
+    LAYERS: [*itertools.product(WAYS, (LAYERS,), SHARDS), *MORE[LAYERS]],
+}
 
 
 def train(*options: str) -> dict[str, Any]:
@@ -123,11 +144,11 @@ def _placed(runs: list[tuple[str, ...]], folder: Path) -> list[tuple[str, ...]]:
 
 #: A chain of runs: each goes on where the one before ended.
 CHAIN: list[tuple[int, tuple[str, ...]]] = [
-    (4, (*STAGES, GRADIENTS)),
-    (6, (*LAYERS, GRADIENTS)),
+    (4, (*STAGES, FULL)),
+    (6, (*LAYERS, FULL)),
     (8, ("strategy=ddp",)),
     (10, (*LAYERS, OPTIMIZER)),
-    (12, (*STAGES, OPTIMIZER)),
+    (12, (*STAGES, GRADIENTS)),
 ]
 SHARED = (
     *(*GROUP_NORM, FP64, *ADAM, "scheduler=constant"),
@@ -136,14 +157,14 @@ SHARED = (
 TOPK = ("compression=topk", "compression.min_elements=1", "trainer.max_steps=6", "resume=never")
 
 
-def shared_runs(folder: str) -> dict[str, Any]:
+def shared_runs(folder: str, shard: str) -> dict[str, Any]:
     """What four ranks train one after the other: a chain, the same twice, and with compression."""
     found: dict[str, Any] = {"chain": []}
     for steps, mesh in CHAIN:
         found["chain"].append(train(*SHARED, *mesh, f"trainer.max_steps={steps}", f"run_dir={folder}/chain"))
     for name, mesh in (("stages", STAGES), ("layers", LAYERS)):
         saved = ("checkpoint.every_steps=3", "checkpoint.keep=9", "trainer.max_steps=6")
-        options = (*SHARED, *mesh, GRADIENTS, *saved)
+        options = (*SHARED, *mesh, shard, *saved)
         whole = train(*options, f"run_dir={folder}/{name}")
         start = checkpoint_path(checkpoints_folder(Path(folder, name)), 3)
         again = train(*options, f"run_dir={folder}/{name} again", f"resume={start}")
@@ -153,12 +174,13 @@ def shared_runs(folder: str) -> dict[str, Any]:
     return found
 
 
-def test_shards_resume_compress_and_hold_what_they_should(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", [pytest.param(GRADIENTS, marks=pytest.mark.soak), FULL])
+def test_shards_resume_compress_and_hold_what_they_should(shard: str, tmp_path: Path) -> None:
     serial = [
         (f"trainer.max_steps={steps}", f"run_dir={tmp_path}/{name}") for steps, name in ((12, "one"), (2, "chain"))
     ]
     expected = run_ranks(train_each, 1, [(*SHARED, *options) for options in serial])[0][0]
-    ranks = run_ranks(shared_runs, 4, str(tmp_path))
+    ranks = run_ranks(shared_runs, 4, str(tmp_path), shard)
     for rank in ranks:
         assert relative_difference(rank["chain"][-1]["model"], expected["model"]) <= 1e-11
         assert rank["chain"][-1]["counts"] == expected["counts"]
@@ -180,15 +202,15 @@ def test_shards_resume_compress_and_hold_what_they_should(tmp_path: Path) -> Non
         assert len(writers) >= 3
         # Of all ranks together, so that it doesn't depend on where the model was cut.
         whole, usual = (
-            {kind: sum(rank[name][run]["held"][kind] for rank in ranks) for kind in ("gradients", "optimizer")}
+            {kind: sum(rank[name][run]["held"][kind] for rank in ranks) for kind in rank[name][run]["held"]}
             for run in ("whole", "usual")
         )
-        assert whole["optimizer"] == pytest.approx(usual["optimizer"] / 2, rel=0.05)
-        assert whole["gradients"] == pytest.approx(usual["gradients"] / 2, rel=0.05)
+        for kind in ("optimizer", "gradients", *(["parameters"] if shard == FULL else [])):
+            assert whole[kind] == pytest.approx(usual[kind] / 2, rel=0.05), (name, kind)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("shard", [OPTIMIZER, GRADIENTS])
+@pytest.mark.parametrize("shard", SHARDS)
 def test_shards_of_divided_stages_train_and_resume_as_one_process(shard: str, tmp_path: Path) -> None:
     options = (
         *(*VIT, *ADAM, FP64, "scheduler=constant", "trainer.epochs=100", "trainer.grad_clip_norm=0.5"),
@@ -210,11 +232,6 @@ def test_shards_of_divided_stages_train_and_resume_as_one_process(shard: str, tm
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (
-            (*STAGES, "strategy.shard=full"),
-            "strategy.shard=full: is possible beside replicas only: stages and divided layers keep all of their "
-            "parameters; choices: optimizer, gradients",
-        ),
         (
             (*LAYERS, GRADIENTS, "compression=topk"),
             "compression=topk: compresses all-reduces, and strategy.shard=gradients has none; strategy.shard=optimizer "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,3 +134,22 @@ class Units(nn.Module):
             raise RuntimeError("too few units")
         logits: Tensor = self.second(self.act(self.first(images.flatten(1))))
         return logits
+
+
+class _Halved(nn.Linear):
+    """Saves half of its weight."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.weight.detach() / 2
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict({**state, f"{prefix}weight": state[f"{prefix}weight"] * 2}, prefix, *args)
+
+
+class SavedInItsOwnWay(nn.Sequential):
+    """Two layers that can be divided, and one that can't, whose saved state is not its parameters."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        layers = nn.Conv2d(in_channels, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten()
+        super().__init__(*layers, nn.Linear(128, 12), nn.ReLU(), _Halved(12, num_classes))
