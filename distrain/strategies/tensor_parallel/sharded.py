@@ -24,7 +24,6 @@ from distrain.strategies.tensor_parallel.divided_gradients import split_by_divis
 from distrain.strategies.tensor_parallel.options import TensorParallelConfig
 from distrain.strategies.tensor_parallel.sharded_division import ScatteredDividedGradients, ShardedDivision
 from distrain.strategies.tensor_parallel.strategy import TensorParallel
-from distrain.strategies.tensor_parallel.trial import Trial
 from distrain.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -47,10 +46,9 @@ class ShardedTensorParallel(
         super().setup(model, task, make_optimizer, example)
 
     @override
-    def _compare(self, trial: Trial, model: nn.Module) -> None:
-        super()._compare(trial, model)
+    def _begin_with_divided(self, model: nn.Module) -> None:
         if self._shards_parameters:
-            # The calls of divided layers are not those of whole ones; and before replicas communicate in layers.
+            # The calls of divided layers are not those of whole ones.
             self._module_blocks = self._choose_module_blocks(model)
 
     def _choose_module_blocks(self, model: nn.Module) -> list[ModuleBlock]:

@@ -106,6 +106,7 @@ class TensorParallel(DividedStrategy[TensorParallelConfig], DataParallel[TensorP
             problem = trial.difference(model, self._cuts, self._layers, self.runtime.device)
             # Groups whose ranks have different processors may find different things.
             agreed(everyone, self.runtime, lambda: self._refuse(problem))
+            self._begin_with_divided(model)
         super().setup(model, task, make_optimizer, example)
 
     @property
@@ -128,6 +129,9 @@ class TensorParallel(DividedStrategy[TensorParallelConfig], DataParallel[TensorP
         self._layers = LayerGroup.for_model(model, self.tensor_group, self.stopwatch.communication)
         self._cuts = divide(model, divisions, self._layers)
         return trial
+
+    def _begin_with_divided(self, model: nn.Module) -> None:
+        """Called when the layers are divided, and before replicas communicate in any; all ranks call it together."""
 
     def _refuse(self, problem: str) -> None:
         if problem:
