@@ -94,12 +94,9 @@ FSDP = "strategy=fsdp strategy.shard=full"
         (("fsdp", "shard=full"), ""),
         # Only ranks that hold the same can share it.
         (("mesh", "mesh.pipeline=2", "mesh.tensor=2"), FSDP),
-        (("mesh", "mesh.tensor=2", "shard=optimizer"), "strategy.mesh.shard=2 strategy.shard=gradients"),
-        (
-            ("mesh", "mesh.data=2", "mesh.pipeline=2"),
-            "strategy.mesh.data=null strategy.mesh.shard=2 strategy.shard=gradients",
-        ),
-        (("mesh", "mesh.shard=2", "mesh.tensor=2", "shard=gradients"), ""),
+        (("mesh", "mesh.tensor=2", "shard=optimizer"), "strategy.mesh.shard=2 strategy.shard=full"),
+        (("mesh", "mesh.data=2", "mesh.pipeline=2"), "strategy.mesh.data=null strategy.mesh.shard=2"),
+        (("mesh", "mesh.shard=2", "mesh.tensor=2", "shard=gradients"), "strategy.shard=full"),
         (("mesh", "mesh.data=2", "mesh.shard=2"), "strategy.mesh.data=null strategy.mesh.shard=4"),
         (("mesh", "mesh.shard=4", "shard=optimizer"), "strategy.shard=full"),
     ],

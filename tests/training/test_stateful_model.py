@@ -22,6 +22,7 @@ from distrain.models.base import BlockSequence
 from tests.harness import run_ranks
 from tests.runs import check, small
 from tests.strategies.helpers import ALONE
+from tests.strategies.tensor_parallel.models import Halved
 
 
 class Remembers(nn.Module):
@@ -87,7 +88,7 @@ class Scales(nn.Module):
 
 class Stateful(BlockSequence):
     def __init__(self, in_channels: int, num_classes: int) -> None:
-        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), Halved(8, num_classes))
         blocks = {"first": Remembers(in_channels, 8), "scale": Scales(), "second": Remembers(8, 8), "head": head}
         super().__init__(blocks)
 

@@ -206,15 +206,21 @@ class ShardedUpdate:
 
         Args:
             state: As :meth:`distrain.strategies.base.Strategy.state_dict` returns it.
-            names: Those of the model's tensors.
+            names: Those of the parameters that the model saves as they are. What it saves of others is whole.
             optimizer: Of this rank's slices.
             device: On which ranks communicate.
             saves: Whether this shard group saves; all its ranks call it together then.
         """
-        state["model"] = {name: tensor for name, tensor in state["model"].items() if name not in self.first_names}
+        own = {*names} & {*self.first_names}
+        # Whole parameters may be taken away again before they are written.
+        state["model"] = {
+            name: tensor.clone() if name in self.first_names else tensor
+            for name, tensor in state["model"].items()
+            if name not in own
+        }
         state["slices"] = {}
         if saves:
-            parts = self.model_slices(names)
+            parts = self.model_slices(own)
             state["model"] |= parts
             state["slices"]["model"] = {name: self.places[self.first_names[name]].saved_as() for name in parts}
             tensors, slices, scalars = sliced_state.optimizer_state(

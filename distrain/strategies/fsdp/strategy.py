@@ -293,8 +293,8 @@ class FSDP(GatheringStrategy[DDPConfig], DDP):
         # A module that saves its state in its own way needs all its parameters for that.
         with nullcontext() if module_state.has_plain_state(self.model) else self._whole_model():
             state = self._saved({}, {})
-            names = list(module_state.read(self.model).tensors)
-        self._sharded.add_to(state, names, self.optimizer, self.runtime.device, saves=self._groups.replicas.rank == 0)
+            names, saves = module_state.saved_as_they_are(self.model), self._groups.replicas.rank == 0
+            self._sharded.add_to(state, names, self.optimizer, self.runtime.device, saves=saves)
         if self._shard == OPTIMIZER:
             state["scalars"]["buckets"] = self._bucket_sizing.state_dict()
         return state

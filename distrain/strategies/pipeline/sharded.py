@@ -173,7 +173,8 @@ class ShardedPipeline(ShardedStrategy[PipelineConfig], Pipeline):
     @override
     def _saved_tensors(self, states: Sequence[ModuleState]) -> dict[str, Any]:
         saved = super()._saved_tensors(states)
-        names, saves = [name for state in states for name in state.tensors], self._groups.replicas.rank == 0
+        names = [name for module in self._modules for name in module_state.saved_as_they_are(module)]
+        saves = self._groups.replicas.rank == 0
         self._sharded.add_to(saved, names, self.optimizer, self.runtime.device, saves=saves)
         return saved
 

@@ -136,7 +136,7 @@ class Units(nn.Module):
         return logits
 
 
-class _Halved(nn.Linear):
+class Halved(nn.Linear):
     """Saves half of its weight."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -152,4 +152,4 @@ class SavedInItsOwnWay(nn.Sequential):
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         layers = nn.Conv2d(in_channels, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten()
-        super().__init__(*layers, nn.Linear(128, 12), nn.ReLU(), _Halved(12, num_classes))
+        super().__init__(*layers, nn.Linear(128, 12), nn.ReLU(), Halved(12, num_classes))
