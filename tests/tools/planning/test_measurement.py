@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import socket
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import cast
@@ -63,7 +64,8 @@ def refusals() -> tuple[str, list[str]]:
 
 def test_what_a_rank_refuses_all_refuse_instead_of_waiting_for_it() -> None:
     uneven = "plan: hosts have different numbers of ranks: {'a': 1, 'b': 2}; a plan needs the same number on each"
-    divided = "no layers are divided among 3 ranks: strategy.plan={}: is refused on a rank"
+    where = f"(rank 1 on {socket.gethostname()})"
+    divided = f"no layers are divided among 3 ranks: strategy.plan={{}}: is refused on a rank {where}"
     assert run_ranks(refusals, 3) == [(uneven, [divided])] * 3
 
 
