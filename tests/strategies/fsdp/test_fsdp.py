@@ -296,8 +296,10 @@ def test_each_rank_saves_its_part_and_continues_bit_for_bit(tmp_path: Path) -> N
 
 def own_states(folder: str) -> None:
     """Trains four steps with shards of both kinds, and the last two of them again."""
-    options = ("strategy=fsdp", *SMALL_BLOCKS, "model=custom", "model._target_=tests.strategies.fsdp.models.OwnState")
-    options += ("trainer.ema.decay=0.5", "trainer.max_steps=4", "checkpoint.every_steps=2", "checkpoint.keep=9")
+    options = (
+        *("strategy=fsdp", *SMALL_BLOCKS, "model=custom", "model._target_=tests.strategies.fsdp.models.OwnState"),
+        *("trainer.ema.decay=0.5", "trainer.max_steps=4", "checkpoint.every_steps=2", "checkpoint.keep=9"),
+    )
     for shard in SHARDS[1:]:
         begun = train_on_rank(small(*options, f"strategy.shard={shard}", f"run_dir={folder}/{shard}"))["run_dir"]
         resume = f"resume={checkpoint_path(checkpoints_folder(Path(begun)), 2)}"
