@@ -98,7 +98,8 @@ class MemoryWatch:
         if keys := config.strategy.keys_for_less_memory(ranks):
             ways.append(keys)
         what = f"out of memory with {samples} samples a pass, beside what the rank holds all the time (MiB: {listed})"
-        return f"{what}; type {' or '.join(ways)}. torch says: {first_line(error)}"
+        advice = f"; type {' or '.join(ways)}" if ways else ""
+        return f"{what}{advice}. torch says: {first_line(error)}"
 
     def summary(self, group: Communicator, predicted: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
         """MiB of each kind on the rank that has most of it; all ranks of the group call it together.

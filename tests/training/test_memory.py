@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from distrain.errors import Failed
+from distrain.errors import Failed, OutOfMemory
 from distrain.optim.optimizers.build import build_optimizer
 from distrain.runtime.world import World
 from distrain.strategies import held_memory
-from distrain.training.memory import MEMORY_KINDS, MIB, is_out_of_memory, memory_line
+from distrain.training.memory import MEMORY_KINDS, MIB, MemoryWatch, is_out_of_memory, memory_line
 from tests.harness import run_ranks
 from tests.runs import NormNet, check, compose, small, train_on_rank
 
@@ -83,6 +85,16 @@ def test_out_of_memory_is_named_and_answered(tmp_path: Path, capsys: pytest.Capt
     assert "torch says: " in line
 
 
+def test_where_nothing_takes_less_memory_nothing_is_advised() -> None:
+    config = small("strategy=fsdp", "strategy.shard=full", "model.checkpoint_activations=all")
+    runtime: Any = SimpleNamespace(world=World(0, 2, 0, 2, "here"), device=torch.device("cpu"))
+    strategy: Any = SimpleNamespace(own_modules=list, held_tensors=dict, forward_sizes=lambda *_, **__: [[1], [1]])
+    batch: Any = SimpleNamespace(global_count=2)
+    with pytest.raises(OutOfMemory) as caught, MemoryWatch(config, runtime, strategy).step(batch):
+        raise MemoryError
+    assert "(MiB: ). torch says" in str(caught.value)
+
+
 FSDP = "strategy=fsdp strategy.shard=full"
 
 
@@ -96,7 +108,13 @@ FSDP = "strategy=fsdp strategy.shard=full"
         # Only ranks that hold the same can share it.
         (("mesh", "mesh.pipeline=2", "mesh.tensor=2"), FSDP),
         (("mesh", "mesh.tensor=2", "shard=optimizer"), "strategy.mesh.shard=2 strategy.shard=full"),
-        (("mesh", "mesh.data=2", "mesh.pipeline=2"), "strategy.mesh.data=null strategy.mesh.shard=2"),
+        # With stages shard=full would need more memory in a step, not less.
+        (
+            ("mesh", "mesh.data=2", "mesh.pipeline=2"),
+            "strategy.mesh.data=null strategy.mesh.shard=2 strategy.shard=gradients",
+        ),
+        (("mesh", "mesh.shard=2", "mesh.pipeline=2"), "strategy.shard=gradients"),
+        (("mesh", "mesh.shard=2", "mesh.pipeline=2", "shard=optimizer"), ""),
         (("mesh", "mesh.shard=2", "mesh.tensor=2", "shard=gradients"), "strategy.shard=full"),
         (("mesh", "mesh.data=2", "mesh.shard=2"), "strategy.mesh.data=null strategy.mesh.shard=4"),
         (("mesh", "mesh.shard=4", "shard=optimizer"), "strategy.shard=full"),

@@ -12,7 +12,7 @@ from distrain.config.groups import StrategyConfig
 from distrain.config.setting import setting, setting_of
 from distrain.errors import ConfigError
 from distrain.strategies.ddp import DDPConfig
-from distrain.strategies.fsdp.options import FULL, KEPT, FSDPConfig, ShardedUpdateConfig
+from distrain.strategies.fsdp.options import FULL, GRADIENTS, KEPT, FSDPConfig, ShardedUpdateConfig
 from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.tensor_parallel.options import TensorParallelConfig
 
@@ -128,7 +128,12 @@ class MeshConfig(StrategyConfig):
         if alike > shape.shard:
             keys += [] if shape.data is None else ["strategy.mesh.data=null"]
             keys.append(f"strategy.mesh.shard={alike}")
-        return " ".join([*keys, *([] if self.shard == FULL else [f"strategy.shard={FULL}"])])
+        if shape.pipeline > 1:
+            # A step needs all parameters of a stage, and with FULL this rank's part of them besides.
+            keys += [f"strategy.shard={GRADIENTS}"] if self.shard == FULL else []
+        else:
+            keys += [] if self.shard == FULL else [f"strategy.shard={FULL}"]
+        return " ".join(keys)
 
     def options(self, kind: type[T], **more: Any) -> T:
         """The options of a strategy along the dimensions.

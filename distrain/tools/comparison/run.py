@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.files.untrusted import UnreadableFile, finite_number
-from distrain.health.mesh_place import sizes_in_words
+from distrain.health.mesh_place import place_in_words, sizes_in_words
 from distrain.tools.comparison.curves import Metrics, read_metrics
 from distrain.tools.comparison.run_files import RunFiles
 from distrain.tools.launching.jobs import DONE
@@ -185,10 +185,13 @@ def _state(files: RunFiles, run: Run) -> tuple[str, str]:
 def describe_failure(failure: dict[str, Any]) -> str:
     """What ``failure.json`` says, in one line."""
     parts = []
-    for name in ("rank", "place", "host", "step"):
-        # The place is empty where the ranks have one dimension.
-        if failure.get(name) not in (None, {}):
+    for name in ("rank", "host", "step"):
+        if failure.get(name) is not None:
             parts.append(f"{name} {show_value(failure[name])}")
+            place = failure.get("place")
+            # Empty where the ranks have one dimension.
+            if name == "rank" and isinstance(place, dict) and place:
+                parts[-1] += f" ({shortened(place_in_words(place), _LONGEST_TEXT)})"
     error = " ".join(show_value(failure.get("error") or failure.get("reason") or "").split())
     return ", ".join(parts) + (f": {error}" if error and parts else error)
 

@@ -24,7 +24,7 @@ def test_a_run_that_failed_says_where_and_why(tmp_path: Path) -> None:
     (run,) = read(write_run(tmp_path / "a", failure=failure))
     assert (run.state, run.reason) == (FAILED, "rank 1, host h, step 7: Boom: no")
     (run,) = read(write_run(tmp_path / "mesh", failure={**failure, "place": {"data": 0, "tensor": 1}}))
-    assert run.reason == "rank 1, place {data: 0, tensor: 1}, host h, step 7: Boom: no"
+    assert run.reason == "rank 1 (data 0, tensor 1), host h, step 7: Boom: no"
     (run,) = read(write_run(tmp_path / "b", failure={}))
     assert (run.state, run.reason) == (FAILED, "")
 
