@@ -101,7 +101,7 @@ def train_to_the_end(configuration: Config | list[Config]) -> Ending:
 
 def report(folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / "failure.json").read_text())
-    assert set(content) == {"rank", "host", "step", "samples", "error", "traceback", "time", "others"}
+    assert set(content) == {"rank", "place", "host", "step", "samples", "error", "traceback", "time", "others"}
     return content
 
 

@@ -184,7 +184,10 @@ def test_each_rank_has_a_shard_along_the_data_dimension(ranks: list[dict[str, An
 def test_equal_starts_are_found_out_by_eight_bytes(ranks: list[dict[str, Any]]) -> None:
     for each in ranks:
         assert torch.equal(each["start"]["same"], parameters(network(0)))
-        assert each["start"]["sent for equal ones"] == {"all_gather": 8 * (RANKS - 1)}
+        sent = each["start"]["sent for equal ones"]
+        assert sent["all_gather"] == 8 * (RANKS - 1)
+        # What ranks agree on in set-up are numbers.
+        assert sum(sent.values()) < 100
         assert each["start"]["quiet"] == []
 
 
