@@ -172,12 +172,12 @@ def has_plain_state(module: nn.Module) -> bool:
     return all(torch_internals.has_plain_state(each) for each in module.modules())
 
 
-def saved_as_they_are(module: nn.Module, prefix: str = "") -> Iterator[str]:
-    """Names of the parameters that are surely in the state of a module as they are, under their names."""
-    if torch_internals.has_plain_state(module):
-        yield from (f"{prefix}{name}" for name, _ in module.named_parameters(recurse=False, remove_duplicate=False))
-        for name, child in module.named_children():
-            yield from saved_as_they_are(child, f"{prefix}{name}.")
+def saved_as_they_are(module: nn.Module) -> list[str]:
+    """Names of the parameters that are surely in the state of a module as they are; shared ones have several."""
+    modules = module.named_modules(remove_duplicate=False)
+    others = tuple(f"{name}." if name else "" for name, each in modules if not torch_internals.has_plain_state(each))
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    return [name for name in names if not name.startswith(others)]
 
 
 def check_fits(module: nn.Module, shapes: Mapping[str, torch.Size], plain: Mapping[str, Any] | None) -> None:

@@ -260,11 +260,15 @@ class _Trial:
         world, limit = self._tried.runtime.world, f"{self._limit / MIB:,.1f} MiB"
         # Nobody knows how much a pass needs that ran out of memory.
         needs = f"needs {needed / MIB:,.1f} MiB for" if math.isfinite(needed) else "runs out of memory with"
-        keys = self._tried.config.strategy.keys_for_less_memory(world.size)
-        ways = " and ".join(filter(None, ["model.checkpoint_activations=all", keys]))
+        config = self._tried.config
+        can_recompute = config.model.checkpoint_activations in ("none", "auto")
+        ways = ["model.checkpoint_activations=all"] if can_recompute else []
+        if keys := config.strategy.keys_for_less_memory(world.size):
+            ways.append(keys)
+        advice = f"; to need less, type {' and '.join(ways)}" if ways else ""
         return (
             f"rank {world.rank} on {world.host} {needs} the fewest samples that a pass may have ({size}), and may take "
-            f"{limit}; to need less, type {ways}"
+            f"{limit}{advice}"
         )
 
     def _peak(self, size: int) -> float:

@@ -104,6 +104,7 @@ FSDP = "strategy=fsdp strategy.shard=full"
         (("ddp",), FSDP),
         (("fsdp", "shard=gradients"), "strategy.shard=full"),
         (("fsdp", "shard=full"), ""),
+        (("fsdp", "shard=full", "shard_size=2"), "strategy.shard_size=null"),
         # Only ranks that hold the same can share it.
         (("mesh", "mesh.pipeline=2", "mesh.tensor=2"), FSDP),
         (("mesh", "mesh.tensor=2", "shard=optimizer"), "strategy.mesh.shard=2 strategy.shard=full"),

@@ -98,7 +98,8 @@ class FSDPConfig(DDPConfig):
 
     @override
     def keys_for_less_memory(self, world_size: int) -> str:
-        return "" if self.shard == FULL else f"strategy.shard={FULL}"
+        keys = [] if self.ranks_of_group(world_size) == world_size else ["strategy.shard_size=null"]
+        return " ".join([*keys, *([] if self.shard == FULL else [f"strategy.shard={FULL}"])])
 
     @property
     def folder_of_file(self) -> Path:

@@ -75,7 +75,7 @@ class ShardedStrategy(Strategy[OptionsT_co]):
     def kept_parameters(self) -> dict[str, Tensor]:
         if not self._shards_parameters:
             return super().kept_parameters()
-        return self._sharded.model_slices(self._sharded.first_names)
+        return self._sharded.kept_slices()
 
     @override
     def part_of(self, name: str, whole: Tensor) -> Tensor:

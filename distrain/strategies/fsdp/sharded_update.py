@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from distrain.checkpoint import module_state
 from distrain.communication.collectives import Communicator, Ledger
 from distrain.gradients.buckets import ReducedGradients
 from distrain.models.freezing import FreezeSchedule
@@ -96,6 +97,7 @@ class ShardedUpdate:
         slices: These slices as parameters of their own, which share the memory of the blocks' parts, unless ``offload``
             says otherwise.
         first_names: For each name of a parameter the one under which a block has it; tied parameters have several.
+        saved_whole: Those of these names that a checkpoint has whole, because modules save them in their own way.
     """
 
     def __init__(
@@ -119,9 +121,12 @@ class ShardedUpdate:
             else:
                 block.keep_part(value_of, self._offload.new_part)
         self.places = sliced_state.places(self.blocks)
+        modules = list(modules)
         names = [pair for module in modules for pair in module.named_parameters(remove_duplicate=False)]
         first = {id(parameter): name for name, parameter in reversed(names)}
         self.first_names = {name: first[id(parameter)] for name, parameter in names}
+        sliced = {name for module in modules for name in module_state.saved_as_they_are(module)}
+        self.saved_whole = frozenset(self.first_names) - sliced
         self.slices = {
             name: self._offload.new_slice(self.places[name].part, is_trained=parameter.requires_grad)
             for name, parameter in names
@@ -177,26 +182,40 @@ class ShardedUpdate:
         return self.places.get(self.first_names.get(name, ""))
 
     def slice_of(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's slice of a tensor of a parameter's shape; the tensor itself where it has none.
+        """This rank's slice of a tensor of a parameter's shape, empty if it has none; of another tensor all of it.
 
         Raises:
             ValueError: It has another shape.
         """
         place = self.place_of(name)
         if place is None:
-            return whole
+            return whole.new_empty(0) if name in self.first_names else whole
         if whole.shape != place.shape:
             raise ValueError(f"{name} is {tuple(whole.shape)}, the model's {tuple(place.shape)}")
         return place.of_whole(whole)
 
-    def model_slices(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """This rank's slices of the parameters among some names of a model's tensors."""
-        return {name: place.part for name in names if (place := self.place_of(name)) is not None}
+    def kept_slices(self) -> dict[str, Tensor]:
+        """This rank's slices by name; of a parameter that is saved whole each rank has one, which may be empty."""
+        names = [name for name in self.first_names if name in self.saved_whole or self.place_of(name) is not None]
+        return {name: self.kept_slice(name) for name in names}
+
+    def saved_part(self, name: str, kept: Tensor, device: torch.device, *, sliced: bool) -> Tensor:
+        """What this rank saves of a tensor that it keeps for a parameter; all ranks call it together.
+
+        Args:
+            name: The parameter's; of other tensors it saves all.
+            kept: A tensor of the parameter's shape, or a slice of one.
+            device: On which ranks communicate.
+            sliced: Whether it is a slice.
+        """
+        if name in self.saved_whole:
+            return self.whole_of(name, kept, device) if sliced else kept
+        place = self.place_of(name)
+        return kept if sliced or place is None else place.of_whole(kept)
 
     def add_to(
         self,
         state: dict[str, Any],
-        names: Iterable[str],
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         *,
@@ -206,21 +225,20 @@ class ShardedUpdate:
 
         Args:
             state: As :meth:`distrain.strategies.base.Strategy.state_dict` returns it.
-            names: Those of the parameters that the model saves as they are. What it saves of others is whole.
             optimizer: Of this rank's slices.
             device: On which ranks communicate.
             saves: Whether this shard group saves; all its ranks call it together then.
         """
-        own = {*names} & {*self.first_names}
+        own = [name for name in self.first_names if name not in self.saved_whole]
         # Whole parameters may be taken away again before they are written.
         state["model"] = {
-            name: tensor.clone() if name in self.first_names else tensor
+            name: tensor.clone() if name in self.saved_whole else tensor
             for name, tensor in state["model"].items()
-            if name not in own
+            if name in self.saved_whole or name not in self.first_names
         }
         state["slices"] = {}
         if saves:
-            parts = self.model_slices(own)
+            parts = {name: place.part for name in own if (place := self.place_of(name)) is not None}
             state["model"] |= parts
             state["slices"]["model"] = {name: self.places[self.first_names[name]].saved_as() for name in parts}
             tensors, slices, scalars = sliced_state.optimizer_state(

@@ -276,7 +276,7 @@ class FSDP(GatheringStrategy[DDPConfig], DDP):
     def kept_parameters(self) -> dict[str, Tensor]:
         if self._gatherer is None:
             return super().kept_parameters()
-        return self._sharded.model_slices(self._sharded.first_names)
+        return self._sharded.kept_slices()
 
     @override
     def part_of(self, name: str, whole: Tensor) -> Tensor:
@@ -284,8 +284,7 @@ class FSDP(GatheringStrategy[DDPConfig], DDP):
 
     @override
     def saved_part(self, name: str, kept: Tensor) -> Tensor:
-        place = self._sharded.place_of(name)
-        return kept if self._gatherer is not None or place is None else place.of_whole(kept)
+        return self._sharded.saved_part(name, kept, self.runtime.device, sliced=self._gatherer is not None)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -293,8 +292,7 @@ class FSDP(GatheringStrategy[DDPConfig], DDP):
         # A module that saves its state in its own way needs all its parameters for that.
         with nullcontext() if module_state.has_plain_state(self.model) else self._whole_model():
             state = self._saved({}, {})
-            names, saves = module_state.saved_as_they_are(self.model), self._groups.replicas.rank == 0
-            self._sharded.add_to(state, names, self.optimizer, self.runtime.device, saves=saves)
+            self._sharded.add_to(state, self.optimizer, self.runtime.device, saves=self._groups.replicas.rank == 0)
         if self._shard == OPTIMIZER:
             state["scalars"]["buckets"] = self._bucket_sizing.state_dict()
         return state

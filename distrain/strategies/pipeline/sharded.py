@@ -160,8 +160,7 @@ class ShardedPipeline(ShardedStrategy[PipelineConfig], Pipeline):
 
     @override
     def saved_part(self, name: str, kept: Tensor) -> Tensor:
-        place = self._sharded.place_of(name)
-        return kept if self._shards_parameters or place is None else place.of_whole(kept)
+        return self._sharded.saved_part(name, kept, self.runtime.device, sliced=self._shards_parameters)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -173,9 +172,7 @@ class ShardedPipeline(ShardedStrategy[PipelineConfig], Pipeline):
     @override
     def _saved_tensors(self, states: Sequence[ModuleState]) -> dict[str, Any]:
         saved = super()._saved_tensors(states)
-        names = [name for module in self._modules for name in module_state.saved_as_they_are(module)]
-        saves = self._groups.replicas.rank == 0
-        self._sharded.add_to(saved, names, self.optimizer, self.runtime.device, saves=saves)
+        self._sharded.add_to(saved, self.optimizer, self.runtime.device, saves=self._groups.replicas.rank == 0)
         return saved
 
     @override

@@ -76,12 +76,6 @@ class ShardedDivision(ShardedStrategy[OptionsT_co], DividedStrategy[OptionsT_co]
         return {name: self._sharded.kept_slice(name) for name in self._sharded.first_names}
 
     @override
-    def part_of(self, name: str, whole: Tensor) -> Tensor:
-        own = super().part_of(name, whole)
-        has_none = name in self._sharded.first_names and self._sharded.place_of(name) is None
-        return own.new_empty(0) if self._shards_parameters and has_none else own
-
-    @override
     def saved_part(self, name: str, kept: Tensor) -> Tensor:
         if self._shards_parameters and name in self._sharded.first_names:
             kept = self._sharded.whole_of(name, kept, self.runtime.device)

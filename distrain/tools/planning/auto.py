@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 
 from distrain.config.schema import Config
 from distrain.errors import ConfigError, Stopped, first_line
@@ -235,7 +234,7 @@ def earlier_choice(config: Config, run_dir: Path, holds_for: Mapping[str, Any]) 
             changed = plan_file.what_changed(content["chosen"]["for"], holds_for)
         except FileNotFoundError:
             continue
-        except (LookupError, TypeError, AttributeError, ValueError, OSError, yaml.YAMLError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, OSError) as error:
             # The file may come from anywhere. A new plan takes its place.
             log.warning("strategy=auto: %s is not used (%s)", folder / FILE, first_line(error))
             continue

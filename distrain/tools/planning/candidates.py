@@ -261,7 +261,7 @@ def _mesh(setting: Setting, compressors: Sequence[str]) -> Iterator[Candidate]:
 def _of_shape(setting: Setting, shape: Shape) -> Iterator[Candidate]:
     sizes = {name: size for name, size in dataclasses.asdict(shape).items() if size > 1}
     keys = {"strategy": "mesh", **{f"strategy.mesh.{name}": str(size) for name, size in sizes.items()}}
-    # Stages and divided layers keep all of their parameters.
+    # Beside stages and divided layers, sharing parameters too is not planned.
     shard = FULL if shape.ranks_of_replica == 1 else GRADIENTS
     if shape.shard > 1:
         keys |= _keys_of_full(setting) if shard == FULL else {"strategy.shard": shard}

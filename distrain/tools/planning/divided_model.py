@@ -184,7 +184,8 @@ def divide_model(
     except Exception as error:  # a user's forward may raise anything
         if len(starts) > 1:
             raise config_error("strategy.plan", f"divided blocks fail by themselves ({described(error)})") from error
-        sequence = nn.Sequential(model)
+        # Nothing is known of them by themselves, so that no stage may begin with one of them.
+        sequence, joined = nn.Sequential(model), {(0, count - 1)}
     return DividedLayers(group, sequence, tuple(starts), frozenset(joined))
 
 

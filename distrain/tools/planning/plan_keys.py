@@ -12,7 +12,7 @@ import yaml
 from distrain.config.folder import CONF
 from distrain.config.load import load_group
 from distrain.config.schema import Config
-from distrain.errors import ConfigError
+from distrain.errors import ConfigError, first_line
 
 #: Strategies that a plan looks at.
 STRATEGIES = ("single", "ddp", "fsdp", "tensor_parallel", "pipeline", "mesh", "local_sgd", "parameter_server")
@@ -53,7 +53,10 @@ def choice_of(group: str, keys: Mapping[str, str]) -> Any:
     for key, value in keys.items():
         if key.startswith(f"{group}."):
             section, _, of_section = key.removeprefix(f"{group}.").partition(".")
-            loaded = yaml.safe_load(value)
+            try:
+                loaded = yaml.safe_load(value)
+            except (yaml.YAMLError, RecursionError) as error:
+                raise ConfigError(key, value, f"is not YAML: {first_line(error)}") from error
             content[section] = {**content[section], of_section: loaded} if of_section else loaded
     return load_group(group, content)
 

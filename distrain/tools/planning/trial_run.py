@@ -120,8 +120,5 @@ def steps_of_trial(expected: float, period: int, timed_seconds: float | None = N
     Returns:
         Steps before the first timed one, and timed periods.
     """
-    seconds = timed_seconds or _SECONDS
-    periods = min(max(int(seconds / (expected * period)), -(-_FEWEST // period)), _MOST)
-    # A whole period has everything in it that is done for the first time; in a long one that is little.
-    warm_up = _WARM_UP if expected * period > seconds else -(-_WARM_UP // period) * period
-    return warm_up, periods
+    periods = min(max(int((timed_seconds or _SECONDS) / (expected * period)), -(-_FEWEST // period)), _MOST)
+    return -(-_WARM_UP // period) * period, periods

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tests.strategies.tensor_parallel.models import Halved
+
 #: Whether this rank's :class:`SometimesSkipped` leaves a layer out.
 SKIPS = False
 
@@ -53,3 +55,12 @@ class SometimesSkipped(nn.Module):
             features = self.more(self.middle(features).relu())
         logits: Tensor = self.last(features)
         return logits
+
+
+class OwnState(nn.Sequential):
+    """A layer that has two names, and one that saves its state in its own way."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        twice = nn.Linear(16, 16)
+        first = nn.Linear(in_channels * 64, 16)
+        super().__init__(nn.Flatten(), first, twice, nn.ReLU(), twice, nn.ReLU(), Halved(16, num_classes))

@@ -294,6 +294,32 @@ def test_each_rank_saves_its_part_and_continues_bit_for_bit(tmp_path: Path) -> N
         assert all(torch.equal(tensor, before["model"][name]) for name, tensor in rank["model"].items())
 
 
+def own_states(folder: str) -> None:
+    """Trains four steps with shards of both kinds, and the last two of them again."""
+    options = (
+        *("strategy=fsdp", *SMALL_BLOCKS, "model=custom", "model._target_=tests.strategies.fsdp.models.OwnState"),
+        *("trainer.ema.decay=0.5", "trainer.max_steps=4", "checkpoint.every_steps=2", "checkpoint.keep=9"),
+    )
+    for shard in SHARDS[1:]:
+        begun = train_on_rank(small(*options, f"strategy.shard={shard}", f"run_dir={folder}/{shard}"))["run_dir"]
+        resume = f"resume={checkpoint_path(checkpoints_folder(Path(begun)), 2)}"
+        train_on_rank(small(*options, f"strategy.shard={shard}", f"run_dir={folder}/{shard}_again", resume))
+
+
+def test_checkpoints_have_layers_with_two_names_and_averages_of_what_is_not_saved_as_it_is(tmp_path: Path) -> None:
+    run_ranks(own_states, 3, str(tmp_path))
+    names = (name for shard in SHARDS[1:] for name in (shard, f"{shard}_again"))
+    first, *others = (
+        checkpoint_reader.load(checkpoint_path(checkpoints_folder(tmp_path / name), 4))[0] for name in names
+    )
+    expected = {name: tensor.shape for name, tensor in models.OwnState(3, 4).state_dict().items()}
+    assert {name: tensor.shape for name, tensor in first["model"].items()} == expected
+    assert {name.removeprefix("ema/"): tensor.shape for name, tensor in first["average"].items()} == expected
+    for other in others:
+        assert relative_difference(other["model"], first["model"]) <= 1e-5
+        assert relative_difference(other["average"], first["average"]) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("overrides", "ranks", "line"),
     [

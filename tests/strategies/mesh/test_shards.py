@@ -77,10 +77,8 @@ MORE = {
         ("ViT", (*LAYERS, "model.checkpoint_activations=all"), FULL),
     ],
 }
-#: Ranks that share a stage save slices of parameters, not what modules make of them.
-OF_STAGES = [way for way in WAYS if way != "own state"]
 EVERYTHING = {
-    STAGES: [*itertools.product(OF_STAGES, (STAGES,), SHARDS), *MORE[STAGES]],
+    STAGES: [*itertools.product(WAYS, (STAGES,), SHARDS), *MORE[STAGES]],
     LAYERS: [*itertools.product(WAYS, (LAYERS,), SHARDS), *MORE[LAYERS]],
 }
 

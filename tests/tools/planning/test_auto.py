@@ -150,7 +150,8 @@ def test_a_choice_is_kept_as_long_as_it_holds(tmp_path: Path, caplog: pytest.Log
     assert kept(tmp_path, config, ranks=3) == {}
     assert "chosen anew, since ranks_of_hosts was [2] and is [3]" in caplog.text
     assert kept(tmp_path, small("strategy=auto", "resume=never")) == {}
-    for content in ("{", '{"chosen": 3}', '{"chosen": {"keys": {"strategy": "../../etc"}, "for": {}}}'):
+    wrong = [{"strategy": "../../etc"}, {"strategy": "ddp", "strategy.bucket_mb": "["}]
+    for content in ("{", '{"chosen": 3}', *(json.dumps({"chosen": {"keys": keys, "for": {}}}) for keys in wrong)):
         file.write_text(content)
         caplog.clear()
         assert kept(tmp_path, config) == {}

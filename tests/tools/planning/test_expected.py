@@ -89,13 +89,17 @@ def test_a_plan_of_something_else_predicts_nothing(
 
 
 def test_a_run_without_a_plan_needs_none_and_a_damaged_one_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert expected.of_run(small("strategy=ddp"), 2, tmp_path, None) == {}
     assert caplog.text == ""
-    (tmp_path / "plan.json").write_text('{"training": 3}')
-    assert expected.of_run(small("strategy=ddp"), 2, tmp_path, None) == {}
-    assert "is not used: it is no plan" in caplog.text
+    content = json.loads((folder / "plan.json").read_text())
+    content["predictions"] = [{"keys": {"strategy": "ddp", "strategy.bucket_mb": "["}}]
+    for damaged in ('{"training": 3}', json.dumps(content)):
+        (tmp_path / "plan.json").write_text(damaged)
+        caplog.clear()
+        assert expected.of_run(small("strategy=ddp"), 2, tmp_path, None) == {}
+        assert "is not used: it is no plan" in caplog.text
 
 
 @pytest.mark.parametrize(
