@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-#: Steps of a run; only a measured step tells the optimizer's state.
+#: Steps of a run: memory is measured in a step after the first one, when the optimizer has its state.
 STEPS = 4
 #: Whole batches, and as few images besides as possible.
 COMMON = (
