@@ -187,6 +187,11 @@ class Stage:
         if not saved.roots:
             return
         if saved.inputs:
+            for parameter in self._trained():
+                # Torch would take what it computes as the first gradient, which two parameters may share memory of,
+                # and add to it in place.
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
             self._split_backward.stage_backward_weight(self._trained(), saved.parameter_groups)
         else:
             torch.autograd.backward(saved.roots, saved.output_gradients)

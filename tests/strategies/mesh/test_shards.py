@@ -62,16 +62,22 @@ WAYS: dict[str, tuple[str, ...]] = {
     # Large enough for a microbatch of one sample.
     BATCH_NORM: ("model=resnet18", "model.norm=batch", "data.height=16", "data.width=16", *SGD, FP64),
 }
+#: Backward passes in two parts, of stages of which one has two parameters whose gradients torch makes as one tensor.
+SPLIT = ("strategy.schedule=zbv_zero_bubble", "strategy.boundaries=[expand,blocks,blocks.0.norm2]")
 #: What every run of the tests trains.
 ALWAYS = [
     ("group norm", STAGES, FULL),
     ("float32", STAGES, OPTIMIZER),
     ("frozen", STAGES, GRADIENTS),
+    ("ViT", (*STAGES, *SPLIT), GRADIENTS),
     ("ViT", LAYERS, FULL),
     ("float32", LAYERS, OPTIMIZER),
 ]
 MORE = {
-    STAGES: [("ViT", (*STAGES, "strategy.schedule=zbv_zero_bubble"), FULL)],
+    STAGES: [
+        ("ViT", (*STAGES, "strategy.schedule=zbv_zero_bubble"), FULL),
+        ("ViT", (*STAGES, *SPLIT), FULL),
+    ],
     LAYERS: [
         ("ViT", (*LAYERS, "strategy.reshard_after_forward=false"), FULL),
         ("ViT", (*LAYERS, "model.checkpoint_activations=all"), FULL),
