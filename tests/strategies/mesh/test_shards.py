@@ -64,8 +64,10 @@ WAYS: dict[str, tuple[str, ...]] = {
 }
 #: Backward passes in two parts, of stages of which one has two parameters whose gradients torch makes as one tensor.
 SPLIT = ("strategy.schedule=zbv_zero_bubble", "strategy.boundaries=[expand,blocks,blocks.0.norm2]")
+#: A way of training, the keys of a mesh, and what is shared in it.
+Case = tuple[str, tuple[str, ...], str]
 #: What every run of the tests trains.
-ALWAYS = [
+ALWAYS: list[Case] = [
     ("group norm", STAGES, FULL),
     ("float32", STAGES, OPTIMIZER),
     ("frozen", STAGES, GRADIENTS),
@@ -73,7 +75,7 @@ ALWAYS = [
     ("ViT", LAYERS, FULL),
     ("float32", LAYERS, OPTIMIZER),
 ]
-MORE = {
+MORE: dict[tuple[str, ...], list[Case]] = {
     STAGES: [
         ("ViT", (*STAGES, "strategy.schedule=zbv_zero_bubble"), FULL),
         ("ViT", (*STAGES, *SPLIT), FULL),
@@ -83,7 +85,7 @@ MORE = {
         ("ViT", (*LAYERS, "model.checkpoint_activations=all"), FULL),
     ],
 }
-EVERYTHING = {
+EVERYTHING: dict[tuple[str, ...], list[Case]] = {
     STAGES: [*itertools.product(WAYS, (STAGES,), SHARDS), *MORE[STAGES]],
     LAYERS: [*itertools.product(WAYS, (LAYERS,), SHARDS), *MORE[LAYERS]],
 }
@@ -119,9 +121,7 @@ def train_each(runs: list[tuple[str, ...]]) -> list[dict[str, Any]]:
         *(pytest.param(cases, id=mesh[1], marks=pytest.mark.soak) for mesh, cases in EVERYTHING.items()),
     ],
 )
-def test_shards_of_stages_and_of_divided_layers_train_as_one_process(
-    cases: list[tuple[str, tuple[str, ...], str]], tmp_path: Path
-) -> None:
+def test_shards_of_stages_and_of_divided_layers_train_as_one_process(cases: list[Case], tmp_path: Path) -> None:
     ways = list(dict.fromkeys(way for way, _, _ in cases))
     alone = run_ranks(train_each, 1, _placed([(*COMMON, *WAYS[way]) for way in ways], tmp_path / "one"))[0]
     expected = dict(zip(ways, alone, strict=True))
