@@ -6,7 +6,6 @@ Takes minutes, so it runs by ``make test-net`` only.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,18 +102,6 @@ def counted_on_rank(keys: tuple[str, ...], what: str) -> dict[str, Any]:
     # All ranks of a host have its interface.
     left = left if world.local_rank == 0 else 0.0
     return {"interface": left, "counted": sent, "summary": summary["bytes_sent_per_step"]}
-
-
-@pytest.fixture(scope="module")
-def two_hosts() -> Iterator[VirtualNetwork]:
-    with VirtualNetwork(2) as net:
-        yield net
-
-
-@pytest.fixture(scope="module")
-def four_hosts() -> Iterator[VirtualNetwork]:
-    with VirtualNetwork(4) as net:
-        yield net
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,6 @@ pytestmark = needs_network
 
 #: Plain SGD, because Adam's first steps divide noise by noise.
 SGD = ("optimizer=sgd", "optimizer.lr=0.05", "trainer.max_steps=12", "trainer.precision=fp64", "model=simple_cnn")
-
-
-@pytest.fixture(scope="module")
-def two_hosts() -> Iterator[VirtualNetwork]:
-    with VirtualNetwork(2) as net:
-        yield net
-
-
-@pytest.fixture(scope="module")
-def four_hosts() -> Iterator[VirtualNetwork]:
-    with VirtualNetwork(4) as net:
-        yield net
 
 
 @pytest.fixture(scope="module")
