@@ -11,7 +11,6 @@ before the first step is not part of it. Needs root for test networks.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import shutil
 import statistics
@@ -19,7 +18,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plan import KEYS, Setting
+from benchmarks.plan import Setting, add_settings, settings_of
 from distrain.tools.planning.trial_run import steps_of_trial
 
 #: By how much a run of ``auto`` may be slower than one of ddp.
@@ -31,16 +30,11 @@ SECONDS = 6.0
 def main() -> None:
     """Runs all settings and prints a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(KEYS), choices=KEYS)
-    parser.add_argument("--ranks", nargs="*", type=int, default=[2, 3], help="ranks of this machine")
-    parser.add_argument("--hosts", nargs="*", type=int, default=[2, 4], help="hosts of test networks")
-    parser.add_argument("--rates", nargs="+", default=["none", "1gbit", "100mbit"])
+    add_settings(parser)
     parser.add_argument("--folder", type=Path, default=Path("auto"))
     arguments = parser.parse_args()
-    here = [Setting(model, 1, ranks) for model, ranks in itertools.product(arguments.models, arguments.ranks)]
-    networks = itertools.product(arguments.models, arguments.hosts, arguments.rates)
     ratios = []
-    for setting in [*here, *(Setting(model, hosts, 1, rate) for model, hosts, rate in networks)]:
+    for setting in settings_of(arguments):
         folder = arguments.folder.resolve() / str(setting).replace(", ", "_").replace(" ", "_")
         ratios.append(compare(setting, folder))
     print(f"{len(ratios)} settings; the largest ratio is {max(ratios):.3f} (at most {1 + MOST:.2f})")

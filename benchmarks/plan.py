@@ -68,24 +68,36 @@ class Setting:
         return [*network, *rate, "--", *torchrun, "-m", "distrain", name, *options]
 
 
-def main() -> None:
-    """Makes all plans and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which settings to measure."""
     parser.add_argument("--models", nargs="+", default=list(KEYS), choices=KEYS)
     parser.add_argument("--ranks", nargs="*", type=int, default=[2, 3], help="ranks of this machine")
     parser.add_argument("--hosts", nargs="*", type=int, default=[2, 4], help="hosts of test networks")
     parser.add_argument("--rates", nargs="+", default=["none", "1gbit", "100mbit"])
+
+
+def settings_of(arguments: argparse.Namespace) -> list[Setting]:
+    """The settings that the options of :func:`add_settings` ask for, those of this machine first."""
+    here = itertools.product(arguments.models, arguments.ranks)
+    networks = itertools.product(arguments.models, arguments.hosts, arguments.rates)
+    return [
+        *(Setting(model, 1, ranks) for model, ranks in here),
+        *(Setting(model, hosts, 1, rate) for model, hosts, rate in networks),
+    ]
+
+
+def main() -> None:
+    """Makes all plans and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_settings(parser)
     parser.add_argument("--check", type=int, default=8, help="configurations to run in each setting")
     everything = ["ddp", "fsdp", "tensor_parallel", "pipeline", "mesh", "local_sgd", "parameter_server"]
     parser.add_argument("--strategies", nargs="+", default=everything)
     parser.add_argument("--folder", type=Path, default=Path("plans"))
     arguments = parser.parse_args()
-    here = [Setting(model, 1, ranks) for model, ranks in itertools.product(arguments.models, arguments.ranks)]
-    networks = itertools.product(arguments.models, arguments.hosts, arguments.rates)
-    settings = [*here, *(Setting(model, hosts, 1, rate) for model, hosts, rate in networks)]
     options = [f"check={arguments.check}", "rows=1", f"strategies=[{','.join(arguments.strategies)}]"]
     plans: dict[Setting, dict[str, Any]] = {}
-    for number, setting in enumerate(settings):
+    for number, setting in enumerate(settings_of(arguments)):
         folder = (arguments.folder / str(number)).resolve()
         print(f"# {setting}", flush=True)
         command = setting.command("plan", [*options, f"folder={folder}", "most_hosts=1", "--", *setting.training])

@@ -164,7 +164,7 @@ class _Measurement:
         ranks, batch_size = self._world.size, min(self._plan.config.data.batch_size, len(self._splits.train))
         with clock.phase("model"):
             strategy = self._strategy()
-            self._timer = StepTimer(strategy, functools.partial(self._batches, strategy), self._everyone, self._device)
+            self._timer = self._timer_of(strategy)
             sizes, largest = self._sizes(batch_size, most_samples)
             self._sequence_of_model = self._sequence(strategy, strategy.model)
         with clock.phase("steps"):
@@ -301,6 +301,9 @@ class _Measurement:
         whole = min(size, len(self._splits.train))
         return (batch for batch in batches if len(batch) == whole)
 
+    def _timer_of(self, strategy: Single) -> StepTimer:
+        return StepTimer(strategy, functools.partial(self._batches, strategy), self._everyone, self._device)
+
     def _batch(self, strategy: Strategy, size: int) -> Batch:
         return next(self._batches(strategy, size))
 
@@ -338,7 +341,7 @@ class _Measurement:
             synchronise_batchnorm(model, self._everyone)
 
         strategy = self._strategy(change)
-        timer = StepTimer(strategy, functools.partial(self._batches, strategy), self._everyone, self._device)
+        timer = self._timer_of(strategy)
         count = min(max(int(_BATCHNORM_SECONDS / max(alone, 1e-9)), 2), _MOST_BATCHNORM_STEPS)
         return max(timer.passes_together(size, count, update) - alone, 0.0) / collectives
 
@@ -379,7 +382,7 @@ class _Measurement:
         times = min(ranks, _MOST_TIMES) if divisions.needs_times else 1
         whole = self._micro_batch_size or self._plan.config.data.batch_size
         size = min(times * largest, whole, len(self._splits.train))
-        timer = StepTimer(strategy, functools.partial(self._batches, strategy), self._everyone, self._device)
+        timer = self._timer_of(strategy)
         return layers[0], measure_divided(layers[0], strategy, workload, timer, self._batch(strategy, size))
 
     # --- blocks ------------------------------------------------------------------------------------------------------
