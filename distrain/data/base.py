@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from distrain import rng
@@ -27,6 +27,8 @@ _VALIDATION, _TEST = 2, 3
 _MOST_MEASURED = 2000
 #: Bytes of pixels that are summed at once.
 _CHUNK_BYTES = 1 << 24
+#: The sum of the squares of so many pixel values is exact in float32, whose sums are five times as fast as int64's.
+_EXACT_SUM = 256
 #: Kinds of targets; see :attr:`DataSpec.target`.
 TARGETS = ("class", "labels", "numbers", "mask")
 #: Value in a mask of pixels whose class is unknown; they count in no loss and no metric.
@@ -417,8 +419,10 @@ def image_moments(images: Split) -> Tensor:
     channels, height, width = images.shape
     parts = [torch.empty(0, channels, 2, dtype=torch.int64)]
     for chunk in images.chunks(max(1, _CHUNK_BYTES // (channels * height * width))):
-        pixels = chunk.images.flatten(2).int()
-        parts.append(torch.stack((pixels.sum(2), pixels.square_().sum(2)), dim=2))
+        pixels = nn.functional.pad(chunk.images.flatten(2), (0, -height * width % _EXACT_SUM))
+        runs = pixels.unflatten(2, (-1, _EXACT_SUM)).float()
+        sums = runs.sum(3), runs.square_().sum(3)
+        parts.append(torch.stack([one.long().sum(2) for one in sums], dim=2))
     return torch.cat(parts)
 
 

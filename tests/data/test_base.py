@@ -85,6 +85,11 @@ def test_configured_statistics_are_used() -> None:
     assert (splits.mean, splits.std) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
 
 
+def test_sums_of_the_largest_values_are_exact() -> None:
+    brightest = Images(torch.full((2, 1, 37, 41), 255, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+    assert image_moments(brightest).tolist() == [[[37 * 41 * 255, 37 * 41 * 255**2]]] * 2
+
+
 def test_a_constant_channel_is_only_centred() -> None:
     constant = Images(torch.full((4, 1, 2, 2), 51, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
     assert channel_statistics(image_moments(constant), 4) == ([0.2], [1.0])
