@@ -201,41 +201,80 @@ def _fill_idle_time(schedule: Schedule, ranks: int, stages_per_rank: int, microb
     forward, backward = [1.0] * len(rank_of_stage), [2.0] * len(rank_of_stage)
     ends: dict[Action, float] = {}
     timelines: list[list[TimedAction]] = [[] for _ in range(ranks)]
-    kinds: tuple[ActionKind, ...] = ("forward", "input", "weight")
-    remaining: list[set[Action]] = [set() for _ in range(ranks)]
-    for stage, rank in enumerate(rank_of_stage):
-        remaining[rank] |= {Action(kind, stage, m) for kind in kinds for m in range(microbatches)}
-    while any(remaining):
-        ready: list[tuple[float, tuple[int, ...], int, Action]] = []
-        for rank in range(ranks):
-            for action in _permitted(schedule, remaining[rank], len(rank_of_stage), ranks):
-                start = _earliest_start(action, timelines[rank], ends, last)
-                if start is not None:
-                    ready.append((start, _priority(action, ranks), rank, action))
+    waiting = [_Waiting(schedule, rank, rank_of_stage, ranks, microbatches) for rank in range(ranks)]
+    #: The next action of each rank, found again where something has changed.
+    choices: list[tuple[float, tuple[int, ...], int, Action] | None] = [None] * ranks
+    changed = set(range(ranks))
+    for _ in range(3 * len(rank_of_stage) * microbatches):
+        for rank in changed:
+            permitted = [
+                (start, _priority(action, ranks), rank, action)
+                for action in waiting[rank].permitted()
+                if (start := _earliest_start(action, timelines[rank], ends, last)) is not None
+            ]
+            choices[rank] = min(permitted, default=None)
         # The action that can start first is next, as in real time.
-        start, _, rank, action = min(ready)
+        start, _, rank, action = min(choice for choice in choices if choice is not None)
         ends[action] = start + _duration(action, forward, backward)
-        remaining[rank].remove(action)
         timelines[rank].append(TimedAction(action, start, ends[action]))
+        waiting[rank].remove(action)
+        changed = {rank}
+        for follower in _followers(action, last):
+            owner = rank_of_stage[follower.stage]
+            waiting[owner].ready.add(follower)
+            changed.add(owner)
     return timelines
 
 
-def _permitted(schedule: Schedule, remaining: set[Action], stages: int, ranks: int) -> list[Action]:
-    """A rank's remaining actions, without forward passes for which it would have to hold too many activations."""
-    forwards = [action for action in remaining if action.kind == "forward"]
-    others = [action for action in remaining if action.kind != "forward"]
-    if not forwards:
-        return others
-    stages_per_rank = stages // ranks
-    # Microbatches with a forward pass and no complete backward pass.
-    held = sum(action.kind == "weight" for action in others) - len(forwards)
-    if schedule.layout == "loop":
-        # In one fixed order: a rank that ran ahead on its first stage would fill its memory with activations that only
-        # its later stages can free.
-        next_forward = [min(forwards, key=lambda action: _priority(action, ranks))]
-        return others + (next_forward if held < ranks * stages_per_rank + ranks - 1 else [])
-    # In a V the stages on the way back are always permitted, for the same reason.
-    return others + [action for action in forwards if action.stage >= ranks or held < 2 * ranks]
+class _Waiting:
+    """What a rank has not done yet.
+
+    Attributes:
+        ready: Actions that depend on nothing that is not done.
+    """
+
+    def __init__(
+        self, schedule: Schedule, rank: int, rank_of_stage: Sequence[int], ranks: int, microbatches: int
+    ) -> None:
+        self._is_loop, self._ranks = schedule.layout == "loop", ranks
+        self._stages_per_rank = len(rank_of_stage) // ranks
+        stages = [stage for stage, owner in enumerate(rank_of_stage) if owner == rank]
+        forwards = [Action("forward", stage, m) for stage in stages for m in range(microbatches)]
+        self.ready = {action for action in forwards if action.stage == 0}
+        self._forwards = sorted(forwards, key=lambda action: _priority(action, ranks), reverse=True)
+        #: Microbatches with a forward pass and no complete backward pass.
+        self._held = 0
+
+    def permitted(self) -> list[Action]:
+        """What is ready, without forward passes for which the rank would have to hold too many activations."""
+        return [action for action in self.ready if action.kind != "forward" or self._may_begin(action)]
+
+    def _may_begin(self, action: Action) -> bool:
+        if self._is_loop:
+            # In one fixed order: a rank that ran ahead on its first stage would fill its memory with activations that
+            # only its later stages can free.
+            has_room = self._held < self._ranks * self._stages_per_rank + self._ranks - 1
+            return has_room and action == self._forwards[-1]
+        # In a V the stages on the way back are always permitted, for the same reason.
+        return action.stage >= self._ranks or self._held < 2 * self._ranks
+
+    def remove(self, action: Action) -> None:
+        self.ready.remove(action)
+        if action.kind == "forward":
+            self._forwards.remove(action)
+            self._held += 1
+        elif action.kind == "weight":
+            self._held -= 1
+
+
+def _followers(action: Action, last: int) -> list[Action]:
+    """Actions, of split backward passes, that depend on nothing else that is not done once this one is."""
+    kind, stage, m = action
+    if kind == "forward":
+        return [Action("forward", stage + 1, m) if stage < last else Action("input", last, m)]
+    if kind == "weight":
+        return []
+    return [Action("weight", stage, m), *([Action("input", stage - 1, m)] if stage else [])]
 
 
 def _priority(action: Action, ranks: int) -> tuple[int, ...]:
