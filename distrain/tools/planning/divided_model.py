@@ -241,10 +241,10 @@ def measure_divided(
         batch: Of as many samples as the measured steps have.
     """
     samples = len(batch)
-    # The step also makes what the update needs: gradients and state.
-    strategy.train_step(batch)
+    steps = timer.steps(samples, update=0.0)
+    # The steps have made what the update needs: gradients and state.
     update = timer.agree(timer.update_seconds())
-    steps = timer.steps(samples, update)
+    steps = dataclasses.replace(steps, passes=max(steps.passes - update, 0.0))
     costs, sums = _costs(layers, strategy, steps, batch.inputs)
     found = structures(layers.sequence, batch.inputs, strategy.precision, needs_values=not steps.is_long)
     measured = sum(cost.forward_ms + cost.backward_ms for cost in costs)

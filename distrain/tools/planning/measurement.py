@@ -233,7 +233,9 @@ class _Measurement:
         )
         if divisions is not None:
             with clock.phase("divided layers"):
-                divided = self._divided(divisions, workload, cluster, largest)
+                # A rank then computes about as much as in a step of the whole model, but for layers that stay whole.
+                times = _MOST_TIMES if divisions.needs_times and not one.is_long else 1
+                divided = self._divided(divisions, workload, cluster, largest, times)
             workload = dataclasses.replace(workload, divided=tuple(one.faster(crowd, briefly) for one in divided))
         return Measured(workload, cluster, [*self._remarks, *self._left_out])
 
@@ -346,7 +348,7 @@ class _Measurement:
         return max(timer.passes_together(size, count, update) - alone, 0.0) / collectives
 
     def _divided(
-        self, divisions: Divisions, workload: Workload, cluster: Cluster, largest: int
+        self, divisions: Divisions, workload: Workload, cluster: Cluster, largest: int, times: int
     ) -> tuple[DividedModel, ...]:
         """Measures the model with divided layers, in each way that is wanted and possible.
 
@@ -355,16 +357,19 @@ class _Measurement:
             workload: The training of the whole model.
             cluster: These ranks.
             largest: Samples of the largest step of the whole model that was measured.
+            times: A step of divided layers has at most so many times as many.
         """
         # Ranks have measured their blocks by themselves, and all must measure the same now.
         mine = {"wanted": divisions.wanted(workload, cluster)}
         wanted = self._everyone.all_gather_json(mine, self._device)[0]["wanted"]
-        found, remarks = measure_each(wanted, functools.partial(self._divided_among, divisions, workload, largest))
+        found, remarks = measure_each(
+            wanted, functools.partial(self._divided_among, divisions, workload, largest, times)
+        )
         self._remarks += remarks
         return found
 
     def _divided_among(
-        self, divisions: Divisions, workload: Workload, largest: int, ranks: int, starts: Sequence[int]
+        self, divisions: Divisions, workload: Workload, largest: int, times: int, ranks: int, starts: Sequence[int]
     ) -> tuple[DividedLayers, DividedModel]:
         """Measures one way of dividing layers: among so many ranks, for stages that begin with these blocks.
 
@@ -378,10 +383,8 @@ class _Measurement:
             layers.append(divide_model(divisions.config, ranks, starts, strategy, model, sequence, example))
 
         strategy = agreed(self._everyone, self._runtime, lambda: self._strategy(divide))
-        # About as much as a rank computes in a step of the whole model, though layers that stay whole take longer.
-        times = min(ranks, _MOST_TIMES) if divisions.needs_times else 1
         whole = self._micro_batch_size or self._plan.config.data.batch_size
-        size = min(times * largest, whole, len(self._splits.train))
+        size = min(min(ranks, times) * largest, whole, len(self._splits.train))
         timer = self._timer_of(strategy)
         return layers[0], measure_divided(layers[0], strategy, workload, timer, self._batch(strategy, size))
 

@@ -19,14 +19,14 @@ from distrain.runtime.live_memory import LiveMemory
 from distrain.strategies.sharpness import Sharpness
 from distrain.strategies.single import Single
 from distrain.tools.planning.cluster import expected_maximum
-from distrain.tools.planning.robust_mean import median_of_means
+from distrain.tools.planning.robust_mean import median_of_means, undisturbed
 
 #: Seconds of steps of one size, and the fewest steps.
 _STEP_SECONDS, _FEWEST = 1.5, 3
 #: Turns of steps with and without waiting for other ranks.
 _TURNS = 5
-#: Seconds of a step from which on fewer are timed, the first one among them: that it also allocates memory, and what
-#: else disturbs a step, is little of it.
+#: Seconds of a step from which on fewer are timed, the first one among them: mostly, that it also allocates memory is
+#: little of it.
 _LONG_STEP, _FEWEST_LONG = 0.5, 2
 #: Times that the gradients are copied and hashed, or fewer in so many seconds.
 _COPIES, _COPY_SECONDS = 5, 0.3
@@ -72,6 +72,8 @@ class StepTimer:
         device: torch.device,
     ) -> None:
         self._strategy, self._batches, self._everyone, self._device = strategy, batches, everyone, device
+        #: Long first steps of all ranks at once, by number of samples: :meth:`steps` counts them.
+        self._long_first: dict[int, tuple[float, float]] = {}
 
     def first_steps(self, size: int) -> float:
         """Seconds of a step after the first one, which loads kernels; all ranks call it together.
@@ -79,8 +81,12 @@ class StepTimer:
         Of a long step that is little, so that the first one counts.
         """
         batches = self._batches(size)
-        seconds = self.agree(sum(self._step(batches)))
-        return seconds if seconds >= _LONG_STEP else self.agree(sum(self._step(batches)))
+        first = self._step(batches)
+        seconds = self.agree(sum(first))
+        if seconds < _LONG_STEP:
+            return self.agree(sum(self._step(batches)))
+        self._long_first[size] = first
+        return seconds
 
     def update_seconds(self) -> float:
         """Seconds of the optimizer, after some step has made gradients."""
@@ -123,21 +129,26 @@ class StepTimer:
         Args:
             size: Number of samples.
             update: Seconds of the optimizer.
-            together: All ranks do so at the same time, and begin and end together.
+            together: All ranks do so at the same time, and begin and end together. Otherwise a single long step is
+                timed, since this rank has taken some before.
         """
         batches = self._batches(size)
-        first = self._step(batches)
+        first = self._long_first.pop(size, None) if together else None
+        first = first or self._step(batches)
         longest = self.agree(sum(first)) if together else sum(first)
         is_long = longest >= _LONG_STEP
-        fewest, seconds = (_FEWEST_LONG, 0.0) if is_long else (_FEWEST, max(_STEP_SECONDS, _FEWEST * longest))
+        fewest, seconds = _FEWEST, max(_STEP_SECONDS, _FEWEST * longest)
+        if is_long:
+            fewest, seconds = _FEWEST_LONG if together else 1, 0.0
         times = [first] if is_long else []
         begin = time.perf_counter()
         # For a time and not for a number of steps: where ranks outnumber processors some are faster for a while, and
         # what the others take after those have ended says nothing.
         while len(times) < fewest or time.perf_counter() - begin < seconds:
             times.append(self._step(batches))
-        loading = median_of_means([loaded for loaded, _ in times])
-        passes = max(median_of_means([taken for _, taken in times]) - update, 0.0)
+        mean = undisturbed if is_long else median_of_means
+        loading = mean([loaded for loaded, _ in times])
+        passes = max(mean([taken for _, taken in times]) - update, 0.0)
         if together:
             # The slowest rank's, for which the others wait sooner or later.
             loading, passes = (self.agree(value) for value in (loading, passes))
@@ -149,12 +160,15 @@ class StepTimer:
 
         Args:
             size: Number of samples.
-            count: Number of steps, after one that is not counted.
+            count: Number of steps, after one that is not counted; of long steps, the faster one of two counts.
             update: Seconds of the optimizer.
         """
         batches = self._batches(size)
-        self._mean_step(batches, 1)
-        times = [self._step(batches)[1] for _ in range(count)]
+        first = self._step(batches)[1]
+        if self.agree(first) >= _LONG_STEP:
+            times = [min(first, self._step(batches)[1])]
+        else:
+            times = [self._step(batches)[1] for _ in range(count)]
         return self.agree(max(median_of_means(times) - update, 0.0))
 
     def _spread_of(self, steps: Sequence[float]) -> float:
