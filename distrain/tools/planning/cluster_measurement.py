@@ -11,7 +11,6 @@ from torch import nn
 from distrain.communication.collectives import Communicator
 from distrain.compression.autotune.link_model import LinkModel, measure_link
 from distrain.gradients.bucket_sizes import BucketSizing, gradient_bytes_of
-from distrain.health.process import boot_id
 from distrain.runtime.runtime import Runtime
 from distrain.runtime.world import World
 from distrain.strategies.pipeline.block_costs import measure_point_to_point
@@ -35,11 +34,23 @@ class Rank:
         runtime: Its process group and device.
         world: Its place.
         hosts: Number of hosts, each of which has as many ranks.
+        machines: Number of machines, each of which may be several hosts of a test network.
     """
 
     runtime: Runtime
     world: World
     hosts: int
+    machines: int
+
+    @property
+    def per_machine(self) -> int:
+        """Ranks that share the processors of one machine."""
+        return self.world.size // self.machines
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a machine has more of the ranks than processors."""
+        return self.per_machine > processors()
 
     @property
     def per_host(self) -> int:
@@ -58,10 +69,8 @@ def measure_cluster(rank: Rank, model: nn.Module, alone: float, together: float,
         spread: Standard deviation of the time that a rank computes in a step, relative to its mean.
     """
     everyone, device, world = rank.runtime.communicator(), rank.runtime.device, rank.world
-    rows = everyone.all_gather_json({"machine": boot_id() or world.host}, device)
-    machines = len({row["machine"] for row in rows})
     most = min(max(sum(p.numel() * p.element_size() for p in model.parameters()), 2**20), _MOST_BYTES)
-    on_machine = world.size // machines
+    on_machine = rank.per_machine
     curve = slowdown_curve(alone, together, on_machine, processors()) if on_machine > 1 else ()
     # As much longer takes a processor that others use too, so much more of its time was measured.
     busy = curve[min(on_machine, processors()) - 1] if curve else 1.0
@@ -83,7 +92,7 @@ def measure_cluster(rank: Rank, model: nn.Module, alone: float, together: float,
         within,
         between,
         slowdown=curve,
-        hosts_per_machine=rank.hosts // machines,
+        hosts_per_machine=rank.hosts // rank.machines,
         spread=spread,
         scatters=scatters,
         messages=messages,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from distrain.config.groups import CompressionConfig
 from distrain.data.base import Splits
 from distrain.data.batch import Batch
 from distrain.errors import ConfigError, config_error
+from distrain.health.process import boot_id
 from distrain.models.foreign import auxiliary_weight
 from distrain.models.freezing import freeze_schedule, train_only
 from distrain.models.layers import layer_depths
@@ -53,8 +55,8 @@ from distrain.training import auto_format
 from distrain.training.assembly import build_loader, build_model
 from distrain.training.run_plan import RunPlan
 
-#: Seconds of a step, above which it is measured on fewer samples.
-_LONGEST_STEP = 1.0
+#: Seconds of a step, above which it is measured on fewer samples; and of one that has all samples of a rank.
+_LONGEST_STEP, _LONGEST_WHOLE_STEP = 1.0, 2.0
 #: Of a pass over all blocks so many are timed, at most in so many seconds.
 _BLOCK_REPEATS, _BLOCK_SECONDS = 5, 4.0
 #: Seconds of passes from which on there may be no short run that corrects what is measured of them.
@@ -115,28 +117,25 @@ def measure(
         ConfigError: Hosts have different numbers of ranks.
     """
     with Runtime(plan.config, world, keep_logs=False) as runtime:
-        hosts = _ranks_of_hosts(runtime, world)
+        rows = runtime.communicator().all_gather_json(
+            {"host": world.host, "machine": boot_id() or world.host}, runtime.device
+        )
+        hosts = dict(Counter(str(row["host"]) for row in rows))
         if len(set(hosts.values())) == 1:
             # As a run chooses them where its configuration says auto.
             make_model = functools.partial(build_model, plan, splits)
             with clock.phase("formats"):
                 plan = plan.with_config(auto_format.resolve_auto(plan.config, runtime, splits, plan.task, make_model))
-            measurement = _Measurement(plan, world, splits, runtime, len(hosts))
-            return measurement.measure(compressors, most_samples, clock, divisions)
+            rank = Rank(runtime, world, len(hosts), len({row["machine"] for row in rows}))
+            return _Measurement(plan, splits, rank).measure(compressors, most_samples, clock, divisions)
     # Not inside, where an error means that this rank alone has failed.
     raise config_error("plan", f"hosts have different numbers of ranks: {hosts}; a plan needs the same number on each")
-
-
-def _ranks_of_hosts(runtime: Runtime, world: World) -> dict[str, int]:
-    """Number of ranks on each host; all ranks call it together."""
-    rows = runtime.communicator().all_gather_json({"host": world.host}, runtime.device)
-    return dict(Counter(str(row["host"]) for row in rows))
 
 
 class _Measurement:
     """What one rank does."""
 
-    def __init__(self, plan: RunPlan, world: World, splits: Splits, runtime: Runtime, hosts: int) -> None:
+    def __init__(self, plan: RunPlan, splits: Splits, rank: Rank) -> None:
         # Steps are measured in one piece and with one gradient.
         trainer = dataclasses.replace(plan.config.trainer, micro_batch_size=None)
         model = plan.config.model
@@ -148,10 +147,10 @@ class _Measurement:
         self._left_out = planned_otherwise(plan.config)
         self._micro_batch_size = plan.config.trainer.largest_pass
         self._sharpness = plan.config.optimizer.sam_rho
-        self._world, self._splits, self._runtime = world, splits, runtime
-        self._everyone = runtime.communicator()
-        self._device = runtime.device
-        self._hosts = hosts
+        self._rank, self._splits = rank, splits
+        self._world, self._runtime = rank.world, rank.runtime
+        self._everyone = rank.runtime.communicator()
+        self._device = rank.runtime.device
         self._remarks: list[str] = []
 
     def measure(
@@ -179,11 +178,13 @@ class _Measurement:
             look = functools.partial(self._structures, strategy, needs_values=not steps[largest].is_long)
             found = {size: look(size) for size in self._sizes_of_structures(sizes[:2])}
             changed = self._changed(look, min(found), found[min(found)])
-        if steps[largest].passes >= _NO_SHORT_RUN and not steps[largest].is_long:
+        takes_turns = self._rank.takes_turns
+        if steps[largest].passes >= _NO_SHORT_RUN and (takes_turns or not steps[largest].is_long):
             with clock.phase("steps again"):
-                # A machine is seldom disturbed both times.
                 again = self._timer.steps(largest, update)
-                passes = undisturbed([steps[largest].passes, again.passes])
+                both = [steps[largest].passes, again.passes]
+                # A machine is seldom disturbed both times. How ranks take turns differs from time to time.
+                passes = statistics.mean(both) if takes_turns else undisturbed(both)
                 steps[largest] = dataclasses.replace(again, passes=passes)
         one = steps[largest]
         with clock.phase("batchnorm"):
@@ -196,8 +197,7 @@ class _Measurement:
             spread = one.spread if ranks > 1 else 0.0
             if spread is None:
                 spread = self._timer.spread(largest, one.loading + one.passes + update)
-            rank = Rank(self._runtime, self._world, self._hosts)
-            cluster = measure_cluster(rank, strategy.model, alone, one.passes, spread)
+            cluster = measure_cluster(self._rank, strategy.model, alone, one.passes, spread)
             network = Network(cluster)
             small = network.all_reduce(BATCHNORM_BYTES, network.group(ranks)).seconds
         with clock.phase("compressors"):
@@ -251,6 +251,8 @@ class _Measurement:
         one = self._timer.first_steps(min(2, largest)) / min(2, largest)
         # Where a sample takes long, what a pass takes beside its samples is little.
         possible = max(int(_LONGEST_STEP / one), 2)
+        if one * largest <= _LONGEST_WHOLE_STEP:
+            possible = max(possible, largest)
         if possible < min(largest, _FEWEST_SAMPLES):
             return [2], 2
         largest = min(largest, possible)
@@ -304,7 +306,8 @@ class _Measurement:
         return (batch for batch in batches if len(batch) == whole)
 
     def _timer_of(self, strategy: Single) -> StepTimer:
-        return StepTimer(strategy, functools.partial(self._batches, strategy), self._everyone, self._device)
+        batches = functools.partial(self._batches, strategy)
+        return StepTimer(strategy, batches, self._everyone, self._device, takes_turns=self._rank.takes_turns)
 
     def _batch(self, strategy: Strategy, size: int) -> Batch:
         return next(self._batches(strategy, size))

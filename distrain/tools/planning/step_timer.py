@@ -28,6 +28,10 @@ _TURNS = 5
 #: Seconds of a step from which on fewer are timed, the first one among them: mostly, that it also allocates memory is
 #: little of it.
 _LONG_STEP, _FEWEST_LONG = 0.5, 2
+#: The same where ranks take turns on the processors, so that a few steps say little; and seconds of steps of one size.
+_LONG_STEP_IN_TURNS, _STEP_SECONDS_IN_TURNS = 2.0, 3.0
+#: Seconds of the very first step, which also loads kernels and modules of torch, from which on that is little of it.
+_LONG_FIRST_STEP = 5.0
 #: Times that the gradients are copied and hashed, or fewer in so many seconds.
 _COPIES, _COPY_SECONDS = 5, 0.3
 #: Times that the optimizer, and what surrounds it, is timed, after one that is not counted.
@@ -62,6 +66,7 @@ class StepTimer:
         batches: Makes batches of a number of samples, without end.
         everyone: All ranks.
         device: Of this rank.
+        takes_turns: A machine has more of the ranks than processors.
     """
 
     def __init__(
@@ -70,22 +75,26 @@ class StepTimer:
         batches: Callable[[int], Iterator[Batch]],
         everyone: Communicator,
         device: torch.device,
+        *,
+        takes_turns: bool = False,
     ) -> None:
         self._strategy, self._batches, self._everyone, self._device = strategy, batches, everyone, device
-        #: Long first steps of all ranks at once, by number of samples: :meth:`steps` counts them.
-        self._long_first: dict[int, tuple[float, float]] = {}
+        self._takes_turns = takes_turns
+        #: Long steps of :meth:`first_steps`, by number of samples: :meth:`steps` counts them too.
+        self._long_steps: dict[int, tuple[float, float]] = {}
 
     def first_steps(self, size: int) -> float:
-        """Seconds of a step after the first one, which loads kernels; all ranks call it together.
+        """Seconds of a step after the first one, which is slow; all ranks call it together.
 
-        Of a long step that is little, so that the first one counts.
+        Of a very long step the first one counts.
         """
         batches = self._batches(size)
-        first = self._step(batches)
-        seconds = self.agree(sum(first))
-        if seconds < _LONG_STEP:
-            return self.agree(sum(self._step(batches)))
-        self._long_first[size] = first
+        step = self._step(batches)
+        if self.agree(sum(step)) < _LONG_FIRST_STEP:
+            step = self._step(batches)
+        seconds = self.agree(sum(step))
+        if seconds >= _LONG_STEP:
+            self._long_steps[size] = step
         return seconds
 
     def update_seconds(self) -> float:
@@ -133,11 +142,14 @@ class StepTimer:
                 timed, since this rank has taken some before.
         """
         batches = self._batches(size)
-        first = self._long_first.pop(size, None) if together else None
+        first = self._long_steps.pop(size, None) if together else None
         first = first or self._step(batches)
         longest = self.agree(sum(first)) if together else sum(first)
-        is_long = longest >= _LONG_STEP
-        fewest, seconds = _FEWEST, max(_STEP_SECONDS, _FEWEST * longest)
+        is_long = longest >= (_LONG_STEP_IN_TURNS if self._takes_turns else _LONG_STEP)
+        fewest, seconds = (
+            _FEWEST,
+            max(_STEP_SECONDS_IN_TURNS if self._takes_turns else _STEP_SECONDS, _FEWEST * longest),
+        )
         if is_long:
             fewest, seconds = _FEWEST_LONG if together else 1, 0.0
         times = [first] if is_long else []
@@ -146,7 +158,8 @@ class StepTimer:
         # what the others take after those have ended says nothing.
         while len(times) < fewest or time.perf_counter() - begin < seconds:
             times.append(self._step(batches))
-        mean = undisturbed if is_long else median_of_means
+        # Of ranks that take turns, one is faster in one step and another one in the next.
+        mean = median_of_means if self._takes_turns or not is_long else undisturbed
         loading = mean([loaded for loaded, _ in times])
         passes = max(mean([taken for _, taken in times]) - update, 0.0)
         if together:
@@ -160,12 +173,13 @@ class StepTimer:
 
         Args:
             size: Number of samples.
-            count: Number of steps, after one that is not counted; of long steps, the faster one of two counts.
+            count: Number of steps, after one that is not counted. Of long steps there are two, of which the faster one
+                counts, unless ranks take turns.
             update: Seconds of the optimizer.
         """
         batches = self._batches(size)
         first = self._step(batches)[1]
-        if self.agree(first) >= _LONG_STEP:
+        if self.agree(first) >= _LONG_STEP and not self._takes_turns:
             times = [min(first, self._step(batches)[1])]
         else:
             times = [self._step(batches)[1] for _ in range(count)]

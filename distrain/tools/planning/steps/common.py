@@ -77,17 +77,23 @@ class Setting:
         if self.layers is None or not sizes:
             return []
         found = sum((self.network.all_reduce(samples * size, self.layers) for size in sizes), Duration())
+        if self.workload.batchnorm_latency is not None:
+            # As to the collectives of BatchNorm layers, ranks come to each of these at different times.
+            small = self.network.all_reduce(BATCHNORM_BYTES, self.layers).seconds
+            found += Duration(len(sizes) * max(self.workload.batchnorm_latency - 1, 0.0) * small)
         channel = channel or (REPLICAS if self.layers.hosts > 1 else LAYERS)
         return [Start(name, found, members or self.members, channel), Wait(name)]
 
     def stragglers_of_layers(self, computed: float, passes: float) -> float:
         """As :meth:`stragglers`, of ranks that divide layers: at each of their sums they wait for the slowest one.
 
+        Where the collectives of BatchNorm layers were measured in passes, the times of these sums contain it.
+
         Args:
             computed: Seconds that a rank computes in a step.
             passes: Forward passes, each with its backward pass, of these layers in a step.
         """
-        if self.layers is None:
+        if self.layers is None or self.workload.batchnorm_latency is not None:
             return 0.0
         waits = passes * sum(len(block.forward_sums) + len(block.backward_sums) for block in self.workload.blocks)
         return self.stragglers(computed, self.layers.size, 1 / max(waits, 1))
