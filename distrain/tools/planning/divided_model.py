@@ -36,7 +36,7 @@ from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.step_timer import StepTimer, StepTimes
 from distrain.tools.planning.steps.common import setting_of
 from distrain.tools.planning.structure import memory_of, structures
-from distrain.tools.planning.workload import BlockProfile, DividedModel, Workload, at
+from distrain.tools.planning.workload import DividedModel, Workload, at
 
 #: Times that each block's passes are timed, where they are not long.
 _REPEATS = 5
@@ -255,26 +255,20 @@ def measure_divided(
     blocks = []
     for index, (cost, structure, (forward, backward)) in enumerate(zip(costs, found, sums, strict=True)):
         of_whole = wholes[index]
-        block = BlockProfile(
+        block = structure.profile(
             of_whole.name,
-            structure.gradients,
             _by_samples(of_whole.forward, samples, scale * cost.forward_ms),
             _by_samples(of_whole.backward, samples, scale * cost.backward_ms),
-            structure.saved_bytes,
-            # Where a stage ends activations are whole.
-            of_whole.output_bytes,
-            of_whole.output_tensors,
-            structure.flops,
-            structure.batchnorms,
-            of_whole.begins_stage,
-            structure.state_bytes,
-            structure.kernels,
-            structure.saves_output,
-            structure.saves_input,
             memory_of(index, {samples: found}, {}),
-            structure.batchnorm_gradients,
-            tuple(size / samples for size in forward),
-            tuple(size / samples for size in backward),
+        )
+        block = dataclasses.replace(
+            block,
+            # Where a stage ends activations are whole.
+            output_bytes=of_whole.output_bytes,
+            output_tensors=of_whole.output_tensors,
+            begins_stage=of_whole.begins_stage,
+            forward_sums=tuple(size / samples for size in forward),
+            backward_sums=tuple(size / samples for size in backward),
         )
         blocks.append(block)
     state, needed = float(timer.optimizer_bytes()), float(timer.update_bytes())

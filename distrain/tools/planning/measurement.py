@@ -473,25 +473,15 @@ class _Measurement:
         largest = max(costs)
         profiles = []
         for index, cost in enumerate(costs[largest]):
-            structure = found[max(found)][index]
+            forward = {size: costs[size][index].forward_ms / 1000 * scale[size] for size in costs}
+            backward = {size: costs[size][index].backward_ms / 1000 * scale[size] for size in costs}
+            profile = found[max(found)][index].profile(cost.name, forward, backward, memory_of(index, found, changed))
             profiles.append(
-                BlockProfile(
-                    cost.name,
-                    structure.gradients,
-                    {size: costs[size][index].forward_ms / 1000 * scale[size] for size in costs},
-                    {size: costs[size][index].backward_ms / 1000 * scale[size] for size in costs},
-                    structure.saved_bytes,
-                    cost.output_bytes / largest,
-                    cost.output_tensors,
-                    structure.flops,
-                    structure.batchnorms,
-                    index in begins,
-                    structure.state_bytes,
-                    structure.kernels,
-                    structure.saves_output,
-                    structure.saves_input,
-                    memory_of(index, found, changed),
-                    structure.batchnorm_gradients,
+                dataclasses.replace(
+                    profile,
+                    output_bytes=cost.output_bytes / largest,
+                    output_tensors=cost.output_tensors,
+                    begins_stage=index in begins,
                 )
             )
         return tuple(profiles)

@@ -158,8 +158,10 @@ class StepTimer:
         # what the others take after those have ended says nothing.
         while len(times) < fewest or time.perf_counter() - begin < seconds:
             times.append(self._step(batches))
-        # Of ranks that take turns, one is faster in one step and another one in the next.
-        mean = median_of_means if self._takes_turns or not is_long else undisturbed
+        mean: Callable[[Sequence[float]], float] = median_of_means
+        if longest >= _LONG_STEP:
+            # Of ranks that take turns, one is faster in one step and another one in the next.
+            mean = statistics.mean if self._takes_turns else undisturbed
         loading = mean([loaded for loaded, _ in times])
         passes = max(mean([taken for _, taken in times]) - update, 0.0)
         if together:

@@ -23,7 +23,7 @@ from distrain.strategies.pipeline.blocks import named_blocks, trace_blocks
 from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.precision import Precision
 from distrain.strategies.trial_copy import trial_copy
-from distrain.tools.planning.workload import BlockMemory
+from distrain.tools.planning.workload import BlockMemory, BlockProfile
 from distrain.torch_internals import BatchNorm, storage_id, tensors_in
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,33 @@ class BlockStructure:
     saves_input: bool = False
     extra_bytes_at_end: int = 0
     batchnorm_gradients: tuple[int, ...] = ()
+
+    def profile(
+        self, name: str, forward: Mapping[int, float], backward: Mapping[int, float], memory: Mapping[str, BlockMemory]
+    ) -> BlockProfile:
+        """The block with what was measured of it, but without what it hands over.
+
+        Args:
+            name: Its name in the model.
+            forward: Seconds of a forward pass by number of samples.
+            backward: Seconds of a backward pass by number of samples.
+            memory: As :func:`memory_of` returns it.
+        """
+        return BlockProfile(
+            name,
+            self.gradients,
+            forward,
+            backward,
+            self.saved_bytes,
+            flops=self.flops,
+            batchnorms=self.batchnorms,
+            state_bytes=self.state_bytes,
+            kernels=self.kernels,
+            saves_output=self.saves_output,
+            saves_input=self.saves_input,
+            memory=memory,
+            batchnorm_gradients=self.batchnorm_gradients,
+        )
 
 
 class _KernelCounter(TorchFunctionMode):

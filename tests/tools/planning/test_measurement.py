@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import cast
 
@@ -117,6 +117,39 @@ def test_long_steps_are_few(seconds: float, taken: int, monkeypatch: pytest.Monk
     assert times.passes == pytest.approx(seconds)
     assert times.is_long == (seconds >= 0.5)
     assert slow.taken == pytest.approx(taken, abs=1)
+
+
+def test_a_first_step_that_is_slow_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowSteps(1.0)
+    # Modules of torch are imported in the very first step, and memory is allocated in the first one of some samples.
+    pace = iter([3.0, 1.0, 1.0, 1.4, 1.0])
+
+    def train_step(batch: object) -> None:
+        slow.now += next(pace)
+
+    monkeypatch.setattr(slow, "train_step", train_step)
+    monkeypatch.setattr(step_timer, "synchronised_time", lambda device: slow.now)
+    timer = StepTimer(cast(Single, slow), lambda size: itertools.repeat(cast(Batch, None)), Communicator(), CPU)
+    assert timer.first_steps(2) == 1.0
+    # The second step of two samples is one of those that count.
+    assert [timer.steps(2, 0.0).passes, timer.steps(4, 0.0).passes] == [1.0, 1.0]
+    assert next(pace, None) is None
+
+
+def test_steps_of_ranks_that_take_turns_all_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, pace = SlowSteps(1.0), itertools.cycle([0.6, 1.4])
+
+    def train_step(batch: object) -> None:
+        slow.now += next(pace)
+
+    monkeypatch.setattr(slow, "train_step", train_step)
+    monkeypatch.setattr(step_timer, "synchronised_time", lambda device: slow.now)
+    monkeypatch.setattr("time.perf_counter", lambda: slow.now)
+    batches = cast("Callable[[int], Iterator[Batch]]", lambda size: itertools.repeat(None))
+    timer = StepTimer(cast(Single, slow), batches, Communicator(), CPU, takes_turns=True)
+    assert timer.steps(4, 0.0).passes == pytest.approx(1.0, abs=0.15)
+    alone = StepTimer(cast(Single, slow), batches, Communicator(), CPU)
+    assert alone.steps(4, 0.0).passes == pytest.approx(0.6)
 
 
 class TwoAlike(Communicator):

@@ -58,6 +58,18 @@ def test_replicas_that_divide_layers_by_hand() -> None:
     assert shaken.parts["stragglers"] == pytest.approx(chance * (8**0.5 + 1))
 
 
+def test_sums_of_divided_layers_are_as_late_in_passes_as_collectives_of_batchnorm_layers() -> None:
+    machines = dataclasses.replace(cluster(2, 1, latency=1e-3), spread=0.1)
+    training = dataclasses.replace(workload(batch_size=32), divided=(halved(),))
+    alone = Setting(training, machines, Network(machines))
+    plain = ddp.predict(alone, {}, tensor=2)
+    late = dataclasses.replace(alone, workload=dataclasses.replace(training, batchnorm_latency=5.0))
+    found = ddp.predict(late, {}, tensor=2)
+    # Four times two messages for each of eight sums. What ranks wait for each other is part of that.
+    assert found.parts["waiting"] - plain.parts["waiting"] == pytest.approx(8 * 4 * 2e-3, rel=0.01)
+    assert found.parts["stragglers"] == 0 < plain.parts["stragglers"]
+
+
 def test_replicas_that_divide_layers_and_share_their_update_by_hand() -> None:
     found = fsdp.predict(setting(2, 2), {}, shard="gradients", tensor=2)
     # The gradients of a block, of which each rank sends half, take both ranks of a host 50 ms; so do its parameters.
