@@ -59,8 +59,9 @@ from distrain.training.run_plan import RunPlan
 _LONGEST_STEP, _LONGEST_WHOLE_STEP = 1.0, 2.0
 #: Of a pass over all blocks so many are timed, at most in so many seconds.
 _BLOCK_REPEATS, _BLOCK_SECONDS = 5, 4.0
-#: Seconds of passes from which on there may be no short run that corrects what is measured of them.
-_NO_SHORT_RUN = 0.2
+#: Seconds of passes from which on there may be no short run that corrects what is measured of them, so that they are
+#: measured twice; and from which on that would take too long.
+_NO_SHORT_RUN, _TOO_LONG_TO_REPEAT = 0.2, 0.8
 #: Fewest samples of a measured step: BatchNorm layers need two, and a line through times needs two sizes.
 _FEWEST_SAMPLES = 4
 #: Fewest microbatches of a planned pipeline, which has the largest ones.
@@ -179,7 +180,7 @@ class _Measurement:
             found = {size: look(size) for size in self._sizes_of_structures(sizes[:2])}
             changed = self._changed(look, min(found), found[min(found)])
         takes_turns = self._rank.takes_turns
-        if steps[largest].passes >= _NO_SHORT_RUN and (takes_turns or not steps[largest].is_long):
+        if steps[largest].passes >= _NO_SHORT_RUN and (takes_turns or steps[largest].passes < _TOO_LONG_TO_REPEAT):
             with clock.phase("steps again"):
                 again = self._timer.steps(largest, update)
                 both = [steps[largest].passes, again.passes]
