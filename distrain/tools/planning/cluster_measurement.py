@@ -35,12 +35,14 @@ class Rank:
         world: Its place.
         hosts: Number of hosts, each of which has as many ranks.
         machines: Number of machines, each of which may be several hosts of a test network.
+        fewest_processors: Processors that each rank may use, on the host where these are fewest.
     """
 
     runtime: Runtime
     world: World
     hosts: int
     machines: int
+    fewest_processors: int
 
     @property
     def per_machine(self) -> int:
@@ -49,8 +51,8 @@ class Rank:
 
     @property
     def takes_turns(self) -> bool:
-        """Whether a machine has more of the ranks than processors."""
-        return self.per_machine > processors()
+        """Whether a machine has more of the ranks than processors; the same on all ranks."""
+        return self.per_machine > self.fewest_processors
 
     @property
     def per_host(self) -> int:

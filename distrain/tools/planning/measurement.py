@@ -118,16 +118,16 @@ def measure(
         ConfigError: Hosts have different numbers of ranks.
     """
     with Runtime(plan.config, world, keep_logs=False) as runtime:
-        rows = runtime.communicator().all_gather_json(
-            {"host": world.host, "machine": boot_id() or world.host}, runtime.device
-        )
+        mine = {"host": world.host, "machine": boot_id() or world.host, "processors": processors()}
+        rows = runtime.communicator().all_gather_json(mine, runtime.device)
         hosts = dict(Counter(str(row["host"]) for row in rows))
         if len(set(hosts.values())) == 1:
             # As a run chooses them where its configuration says auto.
             make_model = functools.partial(build_model, plan, splits)
             with clock.phase("formats"):
                 plan = plan.with_config(auto_format.resolve_auto(plan.config, runtime, splits, plan.task, make_model))
-            rank = Rank(runtime, world, len(hosts), len({row["machine"] for row in rows}))
+            machines, fewest = len({row["machine"] for row in rows}), min(row["processors"] for row in rows)
+            rank = Rank(runtime, world, len(hosts), machines, fewest)
             return _Measurement(plan, splits, rank).measure(compressors, most_samples, clock, divisions)
     # Not inside, where an error means that this rank alone has failed.
     raise config_error("plan", f"hosts have different numbers of ranks: {hosts}; a plan needs the same number on each")

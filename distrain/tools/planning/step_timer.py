@@ -66,7 +66,7 @@ class StepTimer:
         batches: Makes batches of a number of samples, without end.
         everyone: All ranks.
         device: Of this rank.
-        takes_turns: A machine has more of the ranks than processors.
+        takes_turns: A machine has more of the ranks than processors; the same on all ranks.
     """
 
     def __init__(
@@ -146,10 +146,8 @@ class StepTimer:
         first = first or self._step(batches)
         longest = self.agree(sum(first)) if together else sum(first)
         is_long = longest >= (_LONG_STEP_IN_TURNS if self._takes_turns else _LONG_STEP)
-        fewest, seconds = (
-            _FEWEST,
-            max(_STEP_SECONDS_IN_TURNS if self._takes_turns else _STEP_SECONDS, _FEWEST * longest),
-        )
+        window = _STEP_SECONDS_IN_TURNS if self._takes_turns else _STEP_SECONDS
+        fewest, seconds = _FEWEST, max(window, _FEWEST * longest)
         if is_long:
             fewest, seconds = _FEWEST_LONG if together else 1, 0.0
         times = [first] if is_long else []
