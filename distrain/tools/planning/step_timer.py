@@ -28,8 +28,9 @@ _TURNS = 5
 #: Seconds of a step from which on fewer are timed, the first one among them: mostly, that it also allocates memory is
 #: little of it.
 _LONG_STEP, _FEWEST_LONG = 0.5, 2
-#: The same where ranks take turns on the processors, so that a few steps say little; and seconds of steps of one size.
-_LONG_STEP_IN_TURNS, _STEP_SECONDS_IN_TURNS = 2.0, 3.0
+#: The same where ranks take turns on the processors, so that a few steps say little; and for how many times as long
+#: steps of one size are taken there.
+_LONG_STEP_IN_TURNS, _TIMES_IN_TURNS = 2.0, 2
 #: Seconds of the very first step, which also loads kernels and modules of torch, from which on that is little of it.
 _LONG_FIRST_STEP = 5.0
 #: Times that the gradients are copied and hashed, or fewer in so many seconds.
@@ -146,7 +147,7 @@ class StepTimer:
         first = first or self._step(batches)
         longest = self.agree(sum(first)) if together else sum(first)
         is_long = longest >= (_LONG_STEP_IN_TURNS if self._takes_turns else _LONG_STEP)
-        window = _STEP_SECONDS_IN_TURNS if self._takes_turns else _STEP_SECONDS
+        window = _STEP_SECONDS * (_TIMES_IN_TURNS if self._takes_turns else 1)
         fewest, seconds = _FEWEST, max(window, _FEWEST * longest)
         if is_long:
             fewest, seconds = _FEWEST_LONG if together else 1, 0.0
