@@ -52,6 +52,13 @@ def test_host_has_its_own_name_interface_and_processes(pair: VirtualNetwork) -> 
     )
 
 
+def test_tcp_is_that_of_ordinary_hosts(pair: VirtualNetwork) -> None:
+    allowed = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control").read_text().split()
+    usual = "import socket; print(socket.socket().getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16))"
+    kind = run_script(pair, 1, usual)
+    assert "cubic" in kind or "cubic" not in allowed
+
+
 def test_command_starts_where_it_is_typed(pair: VirtualNetwork) -> None:
     assert run_script(pair, 0, "import os; print(os.getcwd())") == str(Path.cwd())
 
