@@ -120,5 +120,5 @@ def steps_of_trial(expected: float, period: int, timed_seconds: float | None = N
     Returns:
         Steps before the first timed one, and timed periods.
     """
-    periods = min(max(int((timed_seconds or _SECONDS) / (expected * period)), -(-_FEWEST // period)), _MOST)
-    return -(-_WARM_UP // period) * period, periods
+    # Wherever a period begins, it contains everything once.
+    return _WARM_UP, min(max(int((timed_seconds or _SECONDS) / (expected * period)), -(-_FEWEST // period)), _MOST)

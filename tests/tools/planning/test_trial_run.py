@@ -21,9 +21,9 @@ from tests.runs import small
         (0.001, 1, 3, 1000),
         (0.1, 1, 3, 30),
         (10.0, 1, 3, 5),
-        (0.1, 4, 4, 7),
+        (0.1, 4, 3, 7),
         # A minute, rather than the nine of eight periods.
-        (1.0, 64, 64, 1),
+        (1.0, 64, 3, 1),
     ],
 )
 def test_a_trial_has_whole_periods_and_few_long_steps(expected: float, period: int, warm_up: int, periods: int) -> None:
