@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from distrain.checkpoint.module_state import check_saveable
 from distrain.config.groups import ModelConfig
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 
 #: Floating-point operations that any CPU does in less than a second.
 _FAST_FLOPS = 1e11
+#: What fills a tensor with random numbers.
+_DRAWS = frozenset((Tensor.normal_, Tensor.uniform_))
 #: Seconds after which a trial says that it is still waiting for the model.
 _PATIENCE = 10.0
 
@@ -37,7 +41,7 @@ class ModelTrial:
     """Builds the configured model, only to try it, and runs a few images through it.
 
     A model that a CPU runs fast is run on the CPU: one of distrain's own with zeros as parameters, another one with its
-    own initial parameters. A large model runs on the meta device (shapes without memory): what depends on values is
+    own initial parameters. A larger model runs on the meta device (shapes without memory): what depends on values is
     not known of it then. If it fails there and is not one of distrain's, for example because its forward pass depends
     on values, it is tried again on the CPU.
 
@@ -139,7 +143,7 @@ class ModelTrial:
     def _try(self) -> None:
         try:
             self._build("meta")
-            if not self._runs_fast() or tensors.parameter_bytes(self.model) > self._most_bytes:
+            if tensors.parameter_bytes(self.model) > self._most_bytes or not self._runs_fast():
                 self._check_training()
                 return
         except ConfigError:
@@ -147,16 +151,19 @@ class ModelTrial:
                 raise
         if self._is_foreign:
             self._build("cpu")
-        else:
-            # Not Module.to_empty: it calls torch.empty_like on meta tensors, and torch then needs a second to import
-            # the code that computes shapes.
-            apply_to_tensors(self.model, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu"))
-            self._device = "cpu"
+        elif self._device == "meta":
+            self._fill_with_zeros()
         self._check_training()
+
+    def _fill_with_zeros(self) -> None:
+        # Not Module.to_empty: it calls torch.empty_like on meta tensors, and torch then needs a second to import the
+        # code that computes shapes.
+        apply_to_tensors(self.model, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu"))
+        self._device = "cpu"
 
     def _build(self, device: str) -> None:
         channels, *size = self._image_shape
-        with torch.device(device):
+        with torch.device(device), _NoDrawsOnMeta():
             self.model = instantiate_model(
                 self._config,
                 in_channels=channels,
@@ -173,9 +180,39 @@ class ModelTrial:
         tensors.convert(self.model, self._dtype)
 
     def _runs_fast(self) -> bool:
-        """Whether a CPU runs two images in less than a second, by an upper bound: each parameter used at each pixel."""
+        """Whether a CPU runs two images in less than a second.
+
+        An upper bound tells that of most models: each parameter used at each pixel. The operations of a larger one of
+        distrain's own are counted, on the CPU; if they are too many, it is on the meta device again.
+        """
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        return 2 * 2 * parameters * self._image_shape[1] * self._image_shape[2] < _FAST_FLOPS
+        if 2 * 2 * parameters * self._image_shape[1] * self._image_shape[2] < _FAST_FLOPS:
+            return True
+        if self._is_foreign:
+            return False
+        self._fill_with_zeros()
+        if 2 * self._flops() < _FAST_FLOPS:
+            return True
+        self._build("meta")
+        return False
+
+    def _flops(self) -> float:
+        """Operations of a forward pass of one image, counted in a pass of no images, which has all shapes."""
+        flops = 0.0
+
+        def count(layer: nn.Module, _: Any, output: Tensor) -> None:
+            nonlocal flops
+            parameters = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+            if parameters:
+                flops += 2 * parameters * math.prod(output.shape[2:])
+
+        handles = [layer.register_forward_hook(count) for layer in self.model.modules()]
+        self._set_mode(training=False)
+        with torch.no_grad():
+            self._run(self._images(0))
+        for handle in handles:
+            handle.remove()
+        return flops
 
     @property
     def _has_values(self) -> bool:
@@ -352,6 +389,16 @@ class ModelTrial:
         finally:
             timer.cancel()
             random_state.restore()
+
+
+class _NoDrawsOnMeta(TorchFunctionMode):
+    """Leaves out random values of tensors that have none, for which torch would import its compiler for a second."""
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DRAWS and args and args[0].device.type == "meta":
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 class _Refused(Exception):

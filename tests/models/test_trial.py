@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -76,6 +78,22 @@ def test_a_large_model_that_can_not_be_trained_is_refused_too(case: str, monkeyp
     monkeypatch.setattr(trial, "_FAST_FLOPS", 0)
     with pytest.raises(ConfigError, match=cases.REFUSED[case][1].replace("[", r"\[")):
         ModelTrial(cases.config(case), **IMAGES)
+
+
+@pytest.mark.parametrize(("fast", "device"), [(2.0e9, "meta"), (2.5e9, "cpu")])
+def test_operations_of_our_own_model_are_counted(fast: float, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_FAST_FLOPS", fast)
+    # Two images of 32 x 32 pixels take 2.2e9 operations; each parameter at each pixel would be 5e10.
+    tried = ModelTrial(small("model=resnet18").model, **{**IMAGES, "image_size": (32, 32)})
+    assert next(tried.model.parameters()).device.type == device
+
+
+def test_a_model_of_usual_size_is_tried_without_the_compiler() -> None:
+    lines = ["import sys", "from distrain.models.trial import ModelTrial", "from tests.runs import small"]
+    lines += ["ModelTrial(small('model=resnet50').model, in_channels=3, num_classes=4, image_size=(96, 96))"]
+    lines += ["print('torch._dynamo' in sys.modules)"]
+    done = subprocess.run([sys.executable, "-c", "; ".join(lines)], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,15 @@ from torch import Tensor, nn
 
 from distrain.communication.collectives import Communicator
 from distrain.compression.autotune.step_trace import synchronised_time
+from distrain.tools.planning.steps.common import BATCHNORM_BACKWARD, BATCHNORM_FORWARD
 from distrain.torch_internals import BatchNorm
 
 #: Times that a layer's passes are timed, after one that is not counted, or fewer in so many seconds.
 _REPEATS, _SECONDS = 5, 0.1
+
+#: Factor by which collectives take longer in passes, at most; and the share of the passes that this must add so that it
+#: is measured.
+_MOST_LATENESS, _LITTLE = 15.0, 0.02
 
 #: Changes the BatchNorm layers of a model in place.
 Change = Callable[[nn.Module, Communicator], int]
@@ -70,6 +75,26 @@ def extra_seconds(model: nn.Module, run: Callable[[], Any], changes: Sequence[Ch
         for index, change in enumerate(changes):
             extra[index] += counts[kind] * max(_seconds(layer, given, change) - plain, 0.0)
     return extra
+
+
+def lateness_of_collectives(layers: int, small: float, passes: float, added: Callable[[], float]) -> float | None:
+    """Factor by which a layer's collective takes longer in passes, to which ranks come at different times.
+
+    Args:
+        layers: Number of layers with collectives.
+        small: Seconds of such a collective without anything besides.
+        passes: Seconds of the passes of a step.
+        added: Measures the seconds that the collectives add to passes; called only where they may matter.
+
+    Returns:
+        The factor; ``None`` without such layers.
+    """
+    collectives = (BATCHNORM_FORWARD + BATCHNORM_BACKWARD) * layers
+    if not collectives:
+        return None
+    if collectives * small * _MOST_LATENESS < _LITTLE * passes:
+        return 1.0
+    return added() / collectives / max(small, 1e-9)
 
 
 def _seconds(layer: BatchNorm, given: Tensor, change: Change | None) -> float:

@@ -32,7 +32,7 @@ from distrain.strategies.batchnorm import defer_running_statistics, synchronise_
 from distrain.strategies.pipeline import split
 from distrain.strategies.pipeline.block_costs import BlockCost, measure_blocks
 from distrain.strategies.single import Single
-from distrain.tools.planning.batchnorm_cost import Change, extra_seconds
+from distrain.tools.planning.batchnorm_cost import Change, extra_seconds, lateness_of_collectives
 from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.cluster_measurement import Rank, measure_cluster, processors
 from distrain.tools.planning.compressor_measurement import measure_compressors
@@ -48,9 +48,17 @@ from distrain.tools.planning.phases import PhaseClock
 from distrain.tools.planning.plan_keys import planned_otherwise
 from distrain.tools.planning.robust_mean import undisturbed
 from distrain.tools.planning.step_timer import StepTimer, StepTimes, copy_seconds
-from distrain.tools.planning.steps.common import BATCHNORM_BACKWARD, BATCHNORM_BYTES, BATCHNORM_FORWARD
-from distrain.tools.planning.structure import BlockStructure, memory_of, pipeline_options, possible_starts, structures
+from distrain.tools.planning.steps.common import BATCHNORM_BYTES
+from distrain.tools.planning.structure import (
+    BlockStructure,
+    memory_of,
+    pipeline_options,
+    possible_starts,
+    shared_looks,
+    structures,
+)
 from distrain.tools.planning.workload import BlockProfile, DividedModel, Workload
+from distrain.torch_internals import BatchNorm
 from distrain.training import auto_format
 from distrain.training.assembly import build_loader, build_model
 from distrain.training.run_plan import RunPlan
@@ -176,9 +184,7 @@ class _Measurement:
             costs = {size: self._blocks(strategy, size, is_long=steps[size].is_long) for size in sizes}
             begins = self._possible_starts(strategy)
             # What is only counted needs no values, which would take longer than all else.
-            look = functools.partial(self._structures, strategy, needs_values=not steps[largest].is_long)
-            found = {size: look(size) for size in self._sizes_of_structures(sizes[:2])}
-            changed = self._changed(look, min(found), found[min(found)])
+            found, changed = self._structures(strategy, sizes[:2], needs_values=not steps[largest].is_long)
         takes_turns = self._rank.takes_turns
         if steps[largest].passes >= _NO_SHORT_RUN and (takes_turns or steps[largest].passes < _TOO_LONG_TO_REPEAT):
             with clock.phase("steps again"):
@@ -188,11 +194,6 @@ class _Measurement:
                 passes = statistics.mean(both) if takes_turns else undisturbed(both)
                 steps[largest] = dataclasses.replace(again, passes=passes)
         one = steps[largest]
-        with clock.phase("batchnorm"):
-            factors = self._batchnorm_factors(strategy, largest, one.passes)
-            # There are as many collectives, however few samples a pass has.
-            few = sizes[0] if one.is_long else largest
-            collective = self._batchnorm_collective(found[min(found)], few, steps[few].passes * factors[0], update)
         with clock.phase("links"):
             copying, hashing = (self._agree(seconds) for seconds in copy_seconds(strategy.model, self._device))
             spread = one.spread if ranks > 1 else 0.0
@@ -200,7 +201,15 @@ class _Measurement:
                 spread = self._timer.spread(largest, one.loading + one.passes + update)
             cluster = measure_cluster(self._rank, strategy.model, alone, one.passes, spread)
             network = Network(cluster)
-            small = network.all_reduce(BATCHNORM_BYTES, network.group(ranks)).seconds
+            small = self._agree(network.all_reduce(BATCHNORM_BYTES, network.group(ranks)).seconds)
+        with clock.phase("batchnorm"):
+            factors = self._batchnorm_factors(strategy, largest, one.passes)
+            count = 0 if ranks == 1 else sum(block.batchnorms for block in found[min(found)])
+            # In a step of all samples, each pass has as many collectives.
+            whole = one.passes * max(batch_size / ranks / largest, 1.0)
+            few = sizes[0] if one.is_long else largest
+            added = functools.partial(self._collectives_seconds, few, steps[few].passes * factors[0], update)
+            lateness = lateness_of_collectives(count, small, whole, added)
         with clock.phase("compressors"):
             own_work = measure_compressors(
                 compressors, strategy.model, cluster.all_reduce_cost, self._everyone, self._plan.config.seed
@@ -224,7 +233,7 @@ class _Measurement:
             copy_seconds=copying / briefly,
             digest_seconds=hashing / briefly,
             deferred_factor=factors[1],
-            batchnorm_latency=None if collective is None else collective / max(small, 1e-9),
+            batchnorm_latency=lateness,
             input_bytes=self._batch(strategy, largest).inputs.nbytes / largest,
             update_bytes=float(self._timer.update_bytes()),
             deterministic=self._plan.config.trainer.deterministic,
@@ -328,28 +337,21 @@ class _Measurement:
         extra = extra_seconds(strategy.model, run, list(_BATCHNORMS.values()))
         return [1 + self._agree(seconds) / passes for seconds in extra]
 
-    def _batchnorm_collective(
-        self, blocks: Sequence[BlockStructure], size: int, alone: float, update: float
-    ) -> float | None:
-        """Seconds of a collective of a BatchNorm layer in passes; ``None`` if there are none.
+    def _collectives_seconds(self, size: int, alone: float, update: float) -> float:
+        """Seconds that collectives of all BatchNorm layers add to the passes of a step.
 
         Args:
-            blocks: The model.
             size: Samples of a pass.
             alone: Seconds of the passes of a step without these collectives.
             update: Seconds of the optimizer.
         """
-        collectives = (BATCHNORM_FORWARD + BATCHNORM_BACKWARD) * sum(block.batchnorms for block in blocks)
-        if self._world.size == 1 or not collectives:
-            return None
 
         def change(_: Single, model: nn.Module) -> None:
             synchronise_batchnorm(model, self._everyone)
 
-        strategy = self._strategy(change)
-        timer = self._timer_of(strategy)
+        timer = self._timer_of(self._strategy(change))
         count = min(max(int(_BATCHNORM_SECONDS / max(alone, 1e-9)), 2), _MOST_BATCHNORM_STEPS)
-        return max(timer.passes_together(size, count, update) - alone, 0.0) / collectives
+        return max(timer.passes_together(size, count, update) - alone, 0.0)
 
     def _divided(
         self, divisions: Divisions, workload: Workload, cluster: Cluster, largest: int, times: int
@@ -429,31 +431,35 @@ class _Measurement:
         return begins
 
     def _structures(
-        self, strategy: Single, size: int, change: Change | None = None, *, needs_values: bool
-    ) -> list[BlockStructure]:
-        """What each block consists of, found on a number of samples.
+        self, strategy: Single, sizes: Sequence[int], *, needs_values: bool
+    ) -> tuple[dict[int, list[BlockStructure]], dict[str, list[BlockStructure]]]:
+        """What each block consists of: ranks share the work, since all of them find the same.
 
         Args:
             strategy: The training.
-            size: Number of samples.
-            change: Changes BatchNorm layers.
+            sizes: Numbers of samples.
             needs_values: As for :func:`structures`.
+
+        Returns:
+            By two numbers of samples, since what passes hold doesn't grow with the samples alone; and with other kinds
+            of BatchNorm layers, for the smaller one.
         """
-        inputs = self._batch(strategy, size).inputs
-        own = None if change is None else (lambda model: change(model, Communicator()))
-        return structures(self._sequence_of_model, inputs, strategy.precision, own, needs_values=needs_values)
+        if len(sizes) == 1:
+            sizes = sorted({sizes[0], min(2 * sizes[0], len(self._splits.train))})
+        ranks, changes = self._world.size, dict(_BATCHNORMS)
+        if ranks == 1 or not any(isinstance(layer, BatchNorm) for layer in self._sequence_of_model.modules()):
+            changes = {}
+        looks: list[tuple[int, Change | None]] = [(size, None) for size in sizes]
+        looks += [(min(sizes), change) for change in changes.values()]
 
-    def _sizes_of_structures(self, sizes: Sequence[int]) -> list[int]:
-        """Two numbers of samples, since what passes hold doesn't grow with the samples alone."""
-        return list(sizes) if len(sizes) > 1 else sorted({sizes[0], min(2 * sizes[0], len(self._splits.train))})
+        def look(index: int) -> list[BlockStructure]:
+            size, change = looks[index]
+            inputs = self._batch(strategy, size).inputs
+            own = None if change is None else (lambda model: change(model, Communicator()))
+            return structures(self._sequence_of_model, inputs, strategy.precision, own, needs_values=needs_values)
 
-    def _changed(
-        self, look: Callable[..., list[BlockStructure]], size: int, plain: Sequence[BlockStructure]
-    ) -> dict[str, list[BlockStructure]]:
-        """The blocks with other kinds of BatchNorm layers."""
-        if self._world.size == 1 or not any(block.batchnorms for block in plain):
-            return {}
-        return {kind: look(size, change) for kind, change in _BATCHNORMS.items()}
+        found = shared_looks(len(looks), look, self._everyone, self._device)
+        return dict(zip(sizes, found, strict=False)), dict(zip(changes, found[len(sizes) :], strict=True))
 
     def _profiles(
         self,

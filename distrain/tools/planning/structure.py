@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
+from distrain.communication.collectives import Communicator
 from distrain.errors import ConfigError, first_line
 from distrain.runtime.live_memory import LiveMemory
 from distrain.strategies.pipeline import split
@@ -60,6 +61,14 @@ class BlockStructure:
     saves_input: bool = False
     extra_bytes_at_end: int = 0
     batchnorm_gradients: tuple[int, ...] = ()
+
+    @classmethod
+    def of_plain(cls, values: Mapping[str, Any]) -> BlockStructure:
+        """A block from its attributes as JSON holds them, without tuples."""
+        own: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**own)
 
     def profile(
         self, name: str, forward: Mapping[int, float], backward: Mapping[int, float], memory: Mapping[str, BlockMemory]
@@ -130,6 +139,30 @@ def structures(
             log.debug("the model is looked at with values: %s", first_line(error))
     with trial_copy(sequence) as trial:
         return _structures(cast(nn.Sequential, trial), inputs, precision, change, inputs.device)
+
+
+def shared_looks(
+    count: int, look: Callable[[int], list[BlockStructure]], everyone: Communicator, device: torch.device
+) -> list[list[BlockStructure]]:
+    """Looks at a model in several ways. Ranks share the work, since all of them would find the same.
+
+    Args:
+        count: Number of ways.
+        look: Looks in one of them.
+        everyone: All ranks, which call it together.
+        device: Of this rank.
+
+    Returns:
+        The blocks as each way shows them.
+    """
+    mine = {
+        str(index): [dataclasses.asdict(block) for block in look(index)]
+        for index in range(everyone.rank, count, everyone.size)
+    }
+    rows = everyone.all_gather_json(mine, device)
+    return [
+        [BlockStructure.of_plain(block) for block in rows[index % everyone.size][str(index)]] for index in range(count)
+    ]
 
 
 def _structures(

@@ -180,7 +180,7 @@ class Workload:
         latency_factor: By which collectives in a step have a longer latency than those without anything besides, or a
             shorter one.
         batchnorm_latency: Factor by which a collective of a BatchNorm layer takes longer in passes than without
-            anything besides, since ranks come to it at different times; ``None``: not measured.
+            anything besides, since ranks come to it at different times; ``None``: not known. 1 where it hardly matters.
         input_bytes: Size of the model's input of a sample.
         update_bytes: Most bytes that the optimizer needs while it works.
         deterministic: Bucket sizes that are not configured are the same everywhere, instead of chosen by measurement.

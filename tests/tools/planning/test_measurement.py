@@ -23,7 +23,7 @@ from distrain.runtime.world import World
 from distrain.strategies.precision import Precision
 from distrain.strategies.single import Single
 from distrain.tools.planning import batchnorm_cost, measurement, step_timer, token_bucket
-from distrain.tools.planning.batchnorm_cost import extra_seconds
+from distrain.tools.planning.batchnorm_cost import extra_seconds, lateness_of_collectives
 from distrain.tools.planning.cluster import Link, LinkPoint
 from distrain.tools.planning.compressor_measurement import sample_of
 from distrain.tools.planning.divided_model import DividedLayers, Divisions, divide_model, measure_each
@@ -264,3 +264,17 @@ def test_other_batchnorm_layers_take_longer_by_what_their_passes_do(monkeypatch:
     assert changed == [8]
     assert extra == pytest.approx(2 * 0.01)
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model)
+
+
+def test_collectives_of_batchnorm_are_measured_only_where_they_may_matter() -> None:
+    asked = []
+
+    def added() -> float:
+        asked.append(True)
+        return 0.06
+
+    assert lateness_of_collectives(0, 1e-3, 1.0, added) is None
+    # 30 collectives, 15 times as late as they are long, are 1 % of the passes.
+    assert lateness_of_collectives(10, 1e-4, 4.5, added) == 1.0
+    assert not asked
+    assert lateness_of_collectives(10, 1e-4, 1.5, added) == pytest.approx(0.06 / 30 / 1e-4)

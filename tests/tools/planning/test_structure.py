@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,9 @@ from distrain.communication.collectives import Communicator
 from distrain.runtime.live_memory import LiveMemory
 from distrain.strategies.batchnorm import synchronise_batchnorm
 from distrain.strategies.precision import Precision
-from distrain.tools.planning.structure import possible_starts, structures
+from distrain.tools.planning.structure import BlockStructure, possible_starts, shared_looks, structures
+from tests.communication.shared_memory.ranks import form_group
+from tests.harness import run_ranks
 
 FP32 = Precision("fp32", torch.device("cpu"))
 
@@ -132,3 +136,26 @@ def test_the_peak_is_that_of_torchs_allocator(layout: torch.memory_format) -> No
             held += event.nbytes()
             peak = max(peak, held)
     assert live.peak == pytest.approx(peak, rel=0.1)
+
+
+def look_together() -> tuple[list[int], list[list[BlockStructure]]]:
+    """The ways in which this rank looks at a model, and what all ranks know of it."""
+    everyone, mine = form_group(), []
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+    def look(index: int) -> list[BlockStructure]:
+        mine.append(index)
+        blocks = structures(model, torch.randn(2 + index, 3, 8, 8), Precision("fp32", torch.device("cpu")))
+        return [dataclasses.replace(block, flops=block.flops + everyone.rank / 3) for block in blocks]
+
+    return mine, shared_looks(4, look, everyone, torch.device("cpu"))
+
+
+def test_ranks_share_the_work_and_know_the_same() -> None:
+    found = run_ranks(look_together, 3)
+    assert [mine for mine, _ in found] == [[0, 3], [1], [2]]
+    blocks = found[0][1]
+    assert all(of_rank == blocks for _, of_rank in found)
+    assert [round(way[0].flops % 1, 2) for way in blocks] == [0.0, 0.33, 0.67, 0.0]
+    assert blocks[0][0].gradients == (4 * 3 * 9 * 4, 4 * 4)
+    assert blocks[0][1].batchnorm_gradients == (0,)
