@@ -22,7 +22,7 @@ _REPEATS, _SECONDS = 5, 0.1
 
 #: Factor by which collectives take longer in passes, at most; and the share of the passes that this must add so that it
 #: is measured.
-_MOST_LATENESS, _LITTLE = 15.0, 0.02
+_MOST_LATENESS, _LITTLE = 15.0, 0.05
 
 #: Changes the BatchNorm layers of a model in place.
 Change = Callable[[nn.Module, Communicator], int]

@@ -28,14 +28,14 @@ from distrain.strategies.single import Single
 from distrain.strategies.tensor_parallel import plan
 from distrain.strategies.tensor_parallel.cut import model_format
 from distrain.strategies.tensor_parallel.layer_group import LayerGroup
-from distrain.strategies.tensor_parallel.layers import divide
+from distrain.strategies.tensor_parallel.layers import Division, divide
 from distrain.strategies.tensor_parallel.options import TensorParallelConfig
 from distrain.strategies.trial_copy import trial_copy
 from distrain.tools.planning import candidates
 from distrain.tools.planning.cluster import Cluster
 from distrain.tools.planning.step_timer import StepTimer, StepTimes
 from distrain.tools.planning.steps.common import setting_of
-from distrain.tools.planning.structure import memory_of, structures
+from distrain.tools.planning.structure import looked_at, memory_of, structures
 from distrain.tools.planning.workload import DividedModel, Workload, at
 
 #: Times that each block's passes are timed, where they are not long.
@@ -135,6 +135,8 @@ def divide_model(
     model: nn.Module,
     sequence: nn.Sequential,
     example: Tensor,
+    *,
+    needs_values: bool = True,
 ) -> DividedLayers:
     """Leaves of a model what the first rank has of it.
 
@@ -146,6 +148,7 @@ def divide_model(
         model: The whole model.
         sequence: The same as a sequence of blocks, which have its modules.
         example: Inputs ``[N, …]``.
+        needs_values: As for :func:`structures`.
 
     Raises:
         ConfigError: So many ranks can't divide it.
@@ -171,9 +174,14 @@ def divide_model(
 
     plan.check_patterns(options, model)
     auxiliary = auxiliary_weight(config.model) > 0
-    divisions = plan.find_divisions(
-        model, example, strategy.precision, options, ranks, auxiliary=auxiliary, together=together
-    )
+
+    def find(whole: nn.Module, inputs: Tensor) -> dict[str, Division]:
+        joined.clear()
+        return plan.find_divisions(
+            whole, inputs, strategy.precision, options, ranks, auxiliary=auxiliary, together=together
+        )
+
+    divisions = looked_at(model, example, strategy.precision, find, needs_values=needs_values)
     group = CountingGroup(ranks, model_format(model))
     divide(model, divisions, group)
     for name in divisions:

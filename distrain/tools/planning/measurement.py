@@ -158,8 +158,7 @@ class _Measurement:
         self._sharpness = plan.config.optimizer.sam_rho
         self._rank, self._splits = rank, splits
         self._world, self._runtime = rank.world, rank.runtime
-        self._everyone = rank.runtime.communicator()
-        self._device = rank.runtime.device
+        self._everyone, self._device = rank.runtime.communicator(), rank.runtime.device
         self._remarks: list[str] = []
 
     def measure(
@@ -243,9 +242,7 @@ class _Measurement:
         )
         if divisions is not None:
             with clock.phase("divided layers"):
-                # A rank then computes about as much as in a step of the whole model, but for layers that stay whole.
-                times = _MOST_TIMES if divisions.needs_times and not one.is_long else 1
-                divided = self._divided(divisions, workload, cluster, largest, times)
+                divided = self._divided(divisions, workload, cluster, largest, is_long=one.is_long)
             workload = dataclasses.replace(workload, divided=tuple(one.faster(crowd, briefly) for one in divided))
         return Measured(workload, cluster, [*self._remarks, *self._left_out])
 
@@ -354,7 +351,7 @@ class _Measurement:
         return max(timer.passes_together(size, count, update) - alone, 0.0)
 
     def _divided(
-        self, divisions: Divisions, workload: Workload, cluster: Cluster, largest: int, times: int
+        self, divisions: Divisions, workload: Workload, cluster: Cluster, largest: int, *, is_long: bool
     ) -> tuple[DividedModel, ...]:
         """Measures the model with divided layers, in each way that is wanted and possible.
 
@@ -363,19 +360,19 @@ class _Measurement:
             workload: The training of the whole model.
             cluster: These ranks.
             largest: Samples of the largest step of the whole model that was measured.
-            times: A step of divided layers has at most so many times as many.
+            is_long: That step takes long.
         """
         # Ranks have measured their blocks by themselves, and all must measure the same now.
         mine = {"wanted": divisions.wanted(workload, cluster)}
         wanted = self._everyone.all_gather_json(mine, self._device)[0]["wanted"]
         found, remarks = measure_each(
-            wanted, functools.partial(self._divided_among, divisions, workload, largest, times)
+            wanted, functools.partial(self._divided_among, divisions, workload, largest, is_long)
         )
         self._remarks += remarks
         return found
 
     def _divided_among(
-        self, divisions: Divisions, workload: Workload, largest: int, times: int, ranks: int, starts: Sequence[int]
+        self, divisions: Divisions, workload: Workload, largest: int, is_long: bool, ranks: int, starts: Sequence[int]
     ) -> tuple[DividedLayers, DividedModel]:
         """Measures one way of dividing layers: among so many ranks, for stages that begin with these blocks.
 
@@ -383,13 +380,16 @@ class _Measurement:
             ConfigError: On all ranks, if one of them can't divide the model.
         """
         layers: list[DividedLayers] = []
+        config, short = divisions.config, not is_long
 
         def divide(strategy: Single, model: nn.Module) -> None:
             sequence, example = self._sequence(strategy, model), self._batch(strategy, 2).inputs
-            layers.append(divide_model(divisions.config, ranks, starts, strategy, model, sequence, example))
+            layers.append(divide_model(config, ranks, starts, strategy, model, sequence, example, needs_values=short))
 
         strategy = agreed(self._everyone, self._runtime, lambda: self._strategy(divide))
         whole = self._micro_batch_size or self._plan.config.data.batch_size
+        # A rank then computes about as much as in a step of the whole model, but for layers that stay whole.
+        times = _MOST_TIMES if divisions.needs_times and not is_long else 1
         size = min(min(ranks, times) * largest, whole, len(self._splits.train))
         timer = self._timer_of(strategy)
         return layers[0], measure_divided(layers[0], strategy, workload, timer, self._batch(strategy, size))

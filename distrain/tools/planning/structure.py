@@ -8,7 +8,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from distrain.tools.planning.workload import BlockMemory, BlockProfile
 from distrain.torch_internals import BatchNorm, storage_id, tensors_in
 
 log = logging.getLogger(__name__)
+
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
+_ResultT = TypeVar("_ResultT")
 
 
 @dataclass(frozen=True)
@@ -129,16 +132,39 @@ def structures(
         needs_values: Whether tensors have values. Without them nothing is computed, which saves seconds where passes
             are long; a model that then fails is given values.
     """
+
+    def look(model: nn.Module, given: Tensor) -> list[BlockStructure]:
+        with trial_copy(model) as trial:
+            return _structures(cast(nn.Sequential, trial), given, precision, change, inputs.device)
+
+    return looked_at(sequence, inputs, precision, look, needs_values=needs_values)
+
+
+def looked_at(
+    model: _ModuleT,
+    inputs: Tensor,
+    precision: Precision,
+    look: Callable[[_ModuleT, Tensor], _ResultT],
+    *,
+    needs_values: bool,
+) -> _ResultT:
+    """What is found out by passes of a model, in which nothing need be computed.
+
+    Args:
+        model: The model.
+        inputs: Its inputs, ``[N, …]``.
+        precision: Of the passes.
+        look: Runs them and leaves the model as it is; called again where it fails without values.
+        needs_values: As for :func:`structures`.
+    """
     # Autocast goes by a tensor's device, and one without values has none.
     if not needs_values and precision.name in ("fp32", "fp64"):
         try:
             # Not the model itself, whose values would be lost.
-            empty = copy.deepcopy(sequence).to("meta")
-            return _structures(empty.train(), inputs.to("meta"), precision, change, inputs.device)
+            return look(copy.deepcopy(model).to("meta"), inputs.to("meta"))
         except Exception as error:  # a user's model may depend on values anywhere
             log.debug("the model is looked at with values: %s", first_line(error))
-    with trial_copy(sequence) as trial:
-        return _structures(cast(nn.Sequential, trial), inputs, precision, change, inputs.device)
+    return look(model, inputs)
 
 
 def shared_looks(
