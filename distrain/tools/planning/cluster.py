@@ -130,6 +130,7 @@ class Cluster:
         spread: Standard deviation of the time that a rank computes in a step, relative to its mean.
         scatters: Link between hosts as a reduce-scatter uses it, in which each rank sends a part to each other one;
             ``None``: as ``between``, with all parts at once.
+        gathers: Link between hosts as an all-gather uses it, in a ring; ``None``: as ``between``.
         messages: Link of messages from one rank to another one of the same host, which don't go through shared memory;
             ``None``: as ``within``.
         accelerator: The ranks' devices, where times were not measured.
@@ -149,6 +150,7 @@ class Cluster:
     relative_speeds: tuple[float, ...] = ()
     spread: float = 0.0
     scatters: Link | None = None
+    gathers: Link | None = None
     messages: Link | None = None
     accelerator: Accelerator | None = None
     sockets: Link | None = None

@@ -77,14 +77,16 @@ def measure_cluster(rank: Rank, model: nn.Module, alone: float, together: float,
     # As much longer takes a processor that others use too, so much more of its time was measured.
     busy = curve[min(on_machine, processors()) - 1] if curve else 1.0
     within, between = _links(rank, most, busy)
-    scatters = messages = sockets = bucket = cost = None
+    scatters = gathers = messages = sockets = bucket = cost = None
     if world.size > 1:
         # As a run measures it to choose the sizes of its buckets.
         cost = BucketSizing((None,) * 3, everyone, everyone, device, gradient_bytes_of(model)).cost
         if rank.hosts > 1 and rank.per_host == 1:
             bucket = measure_token_bucket(everyone, device, between)
-            scattered = _measured_link(everyone, device, most, "reduce_scatter")
-            scatters = Link.of_rounds(_points(scattered, "reduce_scatter", busy), world.size - 1)
+            scatters, gathers = (
+                Link.of_rounds(_points(_measured_link(everyone, device, most, kind), kind, busy), world.size - 1)
+                for kind in ("reduce_scatter", "all_gather")
+            )
         if rank.per_host > 1:
             messages = _message_link(everyone, device)
         sockets = measure_sockets(everyone, world, device, rank.runtime.config.runtime.setup_timeout_seconds)
@@ -97,6 +99,7 @@ def measure_cluster(rank: Rank, model: nn.Module, alone: float, together: float,
         hosts_per_machine=rank.hosts // rank.machines,
         spread=spread,
         scatters=scatters,
+        gathers=gathers,
         messages=messages,
         sockets=sockets,
         token_bucket=bucket,

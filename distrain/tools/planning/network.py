@@ -143,13 +143,14 @@ class Network:
         """An all-gather of ``size`` bytes of each rank, in a ring."""
         if group.size < 2:
             return Duration()
-        link = self._between(group) if group.hosts > 1 else self._cluster.within
+        link = self._between(group, self._cluster.gathers) if group.hosts > 1 else self._cluster.within
         sent, rounds = (group.size - 1) * size, group.size - 1
         found = Duration(self._rounds(link, sent, rounds), self._processor_seconds(link, sent), sent)
         if group.hosts == 1:
             return found
         idle = 0.0 if self._collectives == "flat" else self._latency_factor * rounds * link.latency
-        return dataclasses.replace(self._with_tokens(found, self._rounds(self._fast, sent, rounds)), idle_seconds=idle)
+        fast = min(self._rounds(self._fast, sent, rounds), found.seconds)
+        return dataclasses.replace(self._with_tokens(found, fast), idle_seconds=idle)
 
     def reduce_scatter(self, size: float, group: Group) -> Duration:
         """A reduce-scatter of ``size`` bytes, of whose sum each rank gets an equal part."""

@@ -31,17 +31,22 @@ def test_a_ring_among_the_ranks_that_were_measured_takes_the_measured_time(ranks
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_reduce_scatter_among_the_ranks_that_were_measured_takes_the_measured_time(ranks: int) -> None:
+@pytest.mark.parametrize("kind", ["reduce_scatter", "all_gather"])
+def test_parts_among_the_ranks_that_were_measured_take_the_measured_time(kind: str, ranks: int) -> None:
     times = {0.0: 3.0e-3, 5.0 * MB: 60e-3}
-    scatters = Link.of_rounds([LinkPoint(sent, seconds) for sent, seconds in times.items()], ranks - 1)
-    here = dataclasses.replace(cluster(ranks, latency=1e-3), scatters=scatters)
-    network = Network(here)
+    link = Link.of_rounds([LinkPoint(sent, seconds) for sent, seconds in times.items()], ranks - 1)
+    here = dataclasses.replace(cluster(ranks, latency=1e-3), scatters=link, gathers=link)
+
+    def seconds_of(sent: float, network: Network) -> float:
+        group = network.group(ranks)
+        if kind == "all_gather":
+            return network.all_gather(sent / (ranks - 1), group).seconds
+        return network.reduce_scatter(sent * ranks / (ranks - 1), group).seconds
+
     for sent, seconds in times.items():
-        size = sent * ranks / (ranks - 1)
-        assert network.reduce_scatter(size, network.group(ranks)).seconds == pytest.approx(seconds)
+        assert seconds_of(sent, Network(here)) == pytest.approx(seconds)
     # Twice the latency: of each of the messages.
-    longer = Network(here, latency_factor=2.0).reduce_scatter(0, network.group(ranks))
-    assert longer.seconds == pytest.approx(6e-3)
+    assert seconds_of(0, Network(here, latency_factor=2.0)) == pytest.approx(6e-3)
 
 
 def test_a_disturbed_small_message_does_not_slow_larger_ones() -> None:
