@@ -145,7 +145,7 @@ def look_together() -> tuple[list[int], list[list[BlockStructure]]]:
 
     def look(index: int) -> list[BlockStructure]:
         mine.append(index)
-        blocks = structures(model, torch.randn(2 + index, 3, 8, 8), Precision("fp32", torch.device("cpu")))
+        blocks = structures(model, torch.randn(2 + index, 3, 8, 8), FP32)
         return [dataclasses.replace(block, flops=block.flops + everyone.rank / 3) for block in blocks]
 
     return mine, shared_looks(4, look, everyone, torch.device("cpu"))
