@@ -368,15 +368,16 @@ def _mapped(
     function: Callable[[Tensor], Tensor], args: Sequence[Any], options: Mapping[str, Any]
 ) -> tuple[Sequence[Any], dict[str, Any]]:
     """Arguments with the function's result in place of each tensor."""
+    return _mapped_value(function, tuple(args)), {name: _mapped_value(function, each) for name, each in options.items()}
 
-    def mapped(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return function(value)
-        if isinstance(value, list | tuple):
-            return type(value)(mapped(each) for each in value)
-        return value
 
-    return mapped(tuple(args)), {name: mapped(value) for name, value in options.items()}
+def _mapped_value(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    # Not inside of another function, which would refer to itself and keep tensors until garbage is collected.
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped_value(function, each) for each in value)
+    return value
 
 
 def _view(storage: Any, tensor: Tensor) -> Tensor:

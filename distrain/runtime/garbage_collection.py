@@ -28,6 +28,8 @@ def frozen_gc() -> Iterator[None]:
     if gc.get_freeze_count():
         yield
         return
+    # What is garbage by now would never be freed inside.
+    gc.collect()
     gc.freeze()
     try:
         yield

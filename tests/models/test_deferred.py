@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -101,6 +103,17 @@ def test_what_can_not_be_computed_later_is_built_whole_and_told(
     assert line.startswith("each rank builds the whole model")
     assert reason in line
     assert torch.equal(built.get_parameter("weight"), make().get_parameter("weight"))
+
+
+def test_a_value_is_freed_as_soon_as_nobody_has_it() -> None:
+    model, values = deferred.build(lambda: nn.Linear(40, 60))
+    assert values is not None
+    gc.disable()
+    try:
+        storage = weakref.ref(values.value(model.get_parameter("weight")).untyped_storage())
+        assert storage() is None
+    finally:
+        gc.enable()
 
 
 def test_hollow_tensors_take_no_memory() -> None:

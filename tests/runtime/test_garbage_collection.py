@@ -47,6 +47,12 @@ def test_objects_created_inside_are_collected() -> None:
         assert ref() is None
 
 
+def test_what_is_garbage_before_is_not_kept() -> None:
+    ref = weakref.ref(Node())
+    with frozen_gc():
+        assert ref() is None
+
+
 def test_an_error_ends_the_exclusion_too() -> None:
     node = Node()
     with pytest.raises(RuntimeError), frozen_gc():
