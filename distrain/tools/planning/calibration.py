@@ -176,14 +176,12 @@ def calibrated(workload: Workload, cluster: Cluster, strategies: Sequence[str], 
 def _measured(chosen: Mapping[str, dict[str, Any]], runs: ShortRuns) -> dict[str, list[float]]:
     """Seconds of a step of the chosen configurations, by strategy.
 
-    What surrounds a step is part of every prediction. So it is measured once more after the others: a machine is seldom
-    disturbed both times.
+    Each is measured twice, in this order and in the reverse one: a machine is seldom disturbed both times.
     """
     names = [unknown.strategy for unknown in _UNKNOWNS if chosen[unknown.strategy]["seconds"]]
-    again = [unknown.strategy for unknown in _UNKNOWNS if unknown.set is _of_step and unknown.strategy in names]
     found: dict[str, list[float]] = {}
     refused: set[str] = set()
-    for name in [*names, *again]:
+    for name in [*names, *names[::-1]]:
         one = chosen[name]
         if name in refused:
             continue
@@ -228,7 +226,7 @@ def _value(
     keys: Mapping[str, str],
     measured: float,
 ) -> float | None:
-    """The value for which a configuration takes as long as measured, by bisection; ``None`` if no value explains it.
+    """The value for which a configuration takes as long as measured, by bisection, or the least one if it is closer.
 
     Args:
         workload: The training as measured piece by piece.
@@ -237,6 +235,9 @@ def _value(
         unknown: What is looked for.
         keys: Of the configuration that was run.
         measured: Seconds of its step.
+
+    Returns:
+        The value; ``None`` if none brings the prediction closer.
     """
     found = candidates.of_strategy(unknown.strategy, setting_of(workload, cluster))
     candidate = next(one for one in found if one.keys == keys)
@@ -246,7 +247,10 @@ def _value(
         return candidate.predict(setting_of(changed, cluster)).seconds
 
     low, high = unknown.least, unknown.least + measured
-    if not seconds(low) < measured <= seconds(_LARGE):
+    if measured <= seconds(low):
+        usual = candidate.predict(setting_of(_with_values(workload, others), cluster)).seconds
+        return low if seconds(low) < usual else None
+    if measured > seconds(_LARGE):
         return None
     while seconds(high) < measured:
         high *= 2

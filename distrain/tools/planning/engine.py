@@ -37,9 +37,6 @@ from distrain.training import batch_sizes
 from distrain.training.run_plan import RunPlan, check_steps
 from distrain.verification.short_runs import as_single
 
-#: Seconds of timed steps in each of two runs of a configuration.
-_SECONDS_OF_TRIAL = 2.0
-
 
 @dataclass(frozen=True)
 class Options:
@@ -297,7 +294,7 @@ def try_twice(plan: Plan, asked: Sequence[Prediction], config_of: ConfigOf, worl
 
     So a machine that becomes faster or slower meanwhile does it to all of them.
     """
-    tried = try_out(plan, [*asked, *asked[::-1]], config_of, world, folder, _SECONDS_OF_TRIAL)
+    tried = try_out(plan, [*asked, *asked[::-1]], config_of, world, folder)
     times: dict[tuple[tuple[str, str], ...], list[Trial]] = {}
     for trial in tried.trials:
         times.setdefault(tuple(trial.prediction.keys.items()), []).append(trial)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,7 +45,6 @@ from distrain.tools.planning.divided_model import (
 from distrain.tools.planning.network import Network
 from distrain.tools.planning.phases import PhaseClock
 from distrain.tools.planning.plan_keys import planned_otherwise
-from distrain.tools.planning.robust_mean import undisturbed
 from distrain.tools.planning.step_timer import StepTimer, StepTimes, copy_seconds
 from distrain.tools.planning.steps.common import BATCHNORM_BYTES
 from distrain.tools.planning.structure import (
@@ -67,9 +65,6 @@ from distrain.training.run_plan import RunPlan
 _LONGEST_STEP, _LONGEST_WHOLE_STEP = 1.0, 2.0
 #: Of a pass over all blocks so many are timed, at most in so many seconds.
 _BLOCK_REPEATS, _BLOCK_SECONDS = 5, 4.0
-#: Seconds of passes from which on there may be no short run that corrects what is measured of them, so that they are
-#: measured twice; and from which on that would take too long.
-_NO_SHORT_RUN, _TOO_LONG_TO_REPEAT = 0.2, 0.8
 #: Fewest samples of a measured step: BatchNorm layers need two, and a line through times needs two sizes.
 _FEWEST_SAMPLES = 4
 #: Fewest microbatches of a planned pipeline, which has the largest ones.
@@ -184,14 +179,8 @@ class _Measurement:
             begins = self._possible_starts(strategy)
             # What is only counted needs no values, which would take longer than all else.
             found, changed = self._structures(strategy, sizes[:2], needs_values=not steps[largest].is_long)
-        takes_turns = self._rank.takes_turns
-        if steps[largest].passes >= _NO_SHORT_RUN and (takes_turns or steps[largest].passes < _TOO_LONG_TO_REPEAT):
-            with clock.phase("steps again"):
-                again = self._timer.steps(largest, update)
-                both = [steps[largest].passes, again.passes]
-                # A machine is seldom disturbed both times. How ranks take turns differs from time to time.
-                passes = statistics.mean(both) if takes_turns else undisturbed(both)
-                steps[largest] = dataclasses.replace(again, passes=passes)
+        with clock.phase("steps again"):
+            steps = {size: self._timer.steps_again(size, one, update, size == largest) for size, one in steps.items()}
         one = steps[largest]
         with clock.phase("links"):
             copying, hashing = (self._agree(seconds) for seconds in copy_seconds(strategy.model, self._device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,18 +20,20 @@ from distrain.runtime.live_memory import LiveMemory
 from distrain.strategies.sharpness import Sharpness
 from distrain.strategies.single import Single
 from distrain.tools.planning.cluster import expected_maximum
-from distrain.tools.planning.robust_mean import median_of_means, undisturbed
+from distrain.tools.planning.robust_mean import undisturbed, undisturbed_mean
 
 #: Seconds of steps of one size, and the fewest steps.
 _STEP_SECONDS, _FEWEST = 1.5, 3
 #: Turns of steps with and without waiting for other ranks.
-_TURNS = 5
+_TURNS = 9
 #: Seconds of a step from which on fewer are timed, the first one among them: mostly, that it also allocates memory is
 #: little of it.
 _LONG_STEP, _FEWEST_LONG = 0.5, 2
 #: The same where ranks take turns on the processors, so that a few steps say little; and for how many times as long
 #: steps of one size are taken there.
 _LONG_STEP_IN_TURNS, _TIMES_IN_TURNS = 2.0, 2
+#: Seconds of passes up to which they are measured twice; and up to which those of a rank's whole step are.
+_REPEATED, _WHOLE_REPEATED = 0.2, 0.8
 #: Seconds of the very first step, which also loads kernels and modules of torch, from which on that is little of it.
 _LONG_FIRST_STEP = 5.0
 #: Times that the gradients are copied and hashed, or fewer in so many seconds.
@@ -157,7 +160,7 @@ class StepTimer:
         # what the others take after those have ended says nothing.
         while len(times) < fewest or time.perf_counter() - begin < seconds:
             times.append(self._step(batches))
-        mean: Callable[[Sequence[float]], float] = median_of_means
+        mean: Callable[[Sequence[float]], float] = undisturbed_mean
         if longest >= _LONG_STEP:
             # Of ranks that take turns, one is faster in one step and another one in the next.
             mean = statistics.mean if self._takes_turns else undisturbed
@@ -168,6 +171,24 @@ class StepTimer:
             loading, passes = (self.agree(value) for value in (loading, passes))
         spread = self._spread_of([sum(step) for step in times]) if together and is_long else None
         return StepTimes(loading, passes, spread)
+
+    def steps_again(self, size: int, before: StepTimes, update: float, is_whole: bool) -> StepTimes:
+        """Times steps a second time, unless they are long; all ranks call it together.
+
+        Args:
+            size: Number of samples.
+            before: What :meth:`steps` has returned for them, together.
+            update: Seconds of the optimizer.
+            is_whole: These are all samples of a rank's step.
+        """
+        turns = self._takes_turns
+        if before.passes >= _REPEATED and not (is_whole and (turns or before.passes < _WHOLE_REPEATED)):
+            return before
+        again = self.steps(size, update)
+        both = [before.passes, again.passes]
+        # A machine is seldom disturbed both times. How ranks take turns in long steps differs from time to time.
+        passes = statistics.mean(both) if turns and before.passes >= _REPEATED else undisturbed(both)
+        return dataclasses.replace(again, passes=passes)
 
     def passes_together(self, size: int, count: int, update: float) -> float:
         """Seconds of the passes of steps in which ranks wait for each other, so that all must take as many.
@@ -184,7 +205,7 @@ class StepTimer:
             times = [min(first, self._step(batches)[1])]
         else:
             times = [self._step(batches)[1] for _ in range(count)]
-        return self.agree(max(median_of_means(times) - update, 0.0))
+        return self.agree(max(undisturbed_mean(times) - update, 0.0))
 
     def _spread_of(self, steps: Sequence[float]) -> float:
         """As :meth:`spread`, from steps of ranks that did not wait for each other, if they had."""
@@ -192,22 +213,22 @@ class StepTimer:
         free = self.agree(statistics.mean(steps))
         return max(latest - free, 0.0) / free / max(expected_maximum(self._everyone.size), 1e-9)
 
-    def spread(self, size: int, free: float) -> float:
+    def spread(self, size: int, about: float) -> float:
         """By how much ranks that wait for each other after each step are slower, as a standard deviation.
 
         Steps with and without waiting take turns, since a machine becomes faster and slower by more than they differ.
 
         Args:
             size: Number of samples of a step.
-            free: Seconds of a step of ranks that don't wait, roughly.
+            about: Seconds of a step of ranks that don't wait.
 
         Returns:
             The standard deviation of a rank's step, relative to its mean, with which the slowest of these ranks would
             be as late as it is.
         """
         batches = self._batches(size)
-        count = max(_FEWEST, int(_STEP_SECONDS / _TURNS / free))
-        latenesses, unhindered = [], []
+        count = max(int(_STEP_SECONDS / _TURNS / about), 1)
+        free, waiting = [], []
         for _ in range(_TURNS):
             before = self._mean_step(batches, -(-count // 2))
             steps, barriers = [], []
@@ -220,10 +241,11 @@ class StepTimer:
                 steps.append(middle - begin)
                 barriers.append(synchronised_time(self._device) - middle)
             # Before and after, so that a steady change cancels out.
-            unhindered.append(self.agree((before + self._mean_step(batches, -(-count // 2))) / 2))
-            latenesses.append(statistics.mean(steps) - statistics.median(barriers) - unhindered[-1])
-        mean = self.agree(statistics.median(latenesses), "sum") / self._everyone.size
-        return max(mean, 0.0) / statistics.median(unhindered) / expected_maximum(self._everyone.size)
+            free.append(self.agree((before + self._mean_step(batches, -(-count // 2))) / 2))
+            waiting.append(statistics.mean(steps) - statistics.median(barriers))
+        # The fastest turn of each kind: in another one, what disturbs a rank makes all of them late.
+        lateness = self.agree(min(waiting) - min(free), "sum") / self._everyone.size
+        return max(lateness, 0.0) / min(free) / expected_maximum(self._everyone.size)
 
     def _mean_step(self, batches: Iterator[Batch], count: int) -> float:
         """Mean seconds of so many steps, after which ranks wait for each other."""

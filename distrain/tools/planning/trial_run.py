@@ -7,7 +7,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from distrain.errors import Stopped
 from distrain.runtime.device import synchronize
 from distrain.runtime.garbage_collection import free_finished_trainings
 from distrain.runtime.runtime import Runtime
-from distrain.tools.planning.robust_mean import median_of_means
+from distrain.tools.planning.robust_mean import undisturbed_mean
 from distrain.training import auto_format
 from distrain.training.assembly import build_model, build_trainer
 from distrain.training.callbacks import Callback, RunView
@@ -27,7 +27,9 @@ from distrain.verification.rank_runs import quiet
 from distrain.verification.short_runs import first_samples, shortened
 
 #: Seconds of timed steps, and the fewest steps and most periods that are timed.
-_SECONDS, _FEWEST, _MOST = 3.0, 5, 1000
+_SECONDS, _FEWEST, _MOST = 2.0, 5, 1000
+#: Seconds of a part of a period, each of which counts from those periods in which it was not disturbed.
+_PART_SECONDS = 0.1
 #: Steps before the first timed one, in which memory is allocated and connections are opened.
 _WARM_UP = 3
 
@@ -73,7 +75,7 @@ def step_seconds(
         timed_seconds: Seconds of steps that are timed; ``None``: some.
 
     Returns:
-        Seconds of a step, the same on all ranks: the mean of all ranks and periods, less disturbances.
+        Seconds of a step, the same on all ranks: the mean of all ranks, in periods in which nothing disturbed them.
 
     Raises:
         Failed: A rank failed.
@@ -84,9 +86,15 @@ def step_seconds(
     steps = warm_up + periods * period
     plan = plan.with_config(dataclasses.replace(shortened(plan.config, steps), run_dir=str(folder)))
     world = plan.world
-    # An evaluation between two steps would be timed with them.
-    few = 2 * plan.config.data.batch_size
-    small = dataclasses.replace(splits, val=first_samples(splits.val, 0), test=first_samples(splits.test, few))
+    batch_size = plan.config.data.batch_size
+    small = dataclasses.replace(
+        splits,
+        # A smaller last batch would be the fastest step.
+        train=first_samples(splits.train, len(splits.train) // batch_size * batch_size or batch_size),
+        # An evaluation between two steps would be timed with them.
+        val=first_samples(splits.val, 0),
+        test=first_samples(splits.test, 2 * batch_size),
+    )
     with quiet(), Runtime(plan.config, world) as runtime:
         logging.getLogger("distrain").setLevel(logging.WARNING)
         make_model = functools.partial(build_model, plan, small)
@@ -95,9 +103,8 @@ def step_seconds(
         clock = _StepClock(runtime.device)
         trainer.callbacks.append(clock)
         trainer.fit()
-        spans = [late - early for early, late in itertools.pairwise(clock.times[warm_up - 1 :: period])]
         # A server takes no steps.
-        own = [median_of_means(spans) / period, 1.0] if spans else [0.0, 0.0]
+        own = [mean_step(clock.times[warm_up - 1 :], period), 1.0] if clock.times else [0.0, 0.0]
         # A request to stop that came after the last step, at which the trainer would have followed it.
         own.append(float(runtime.stop_requested is not None))
         totals = torch.tensor(own, dtype=torch.float64, device=runtime.device)
@@ -107,6 +114,25 @@ def step_seconds(
         if stopped:
             raise Stopped(runtime.stop_requested or "another rank", 0)
         return float(seconds / ranks)
+
+
+def mean_step(ends: Sequence[float], period: int) -> float:
+    """Mean seconds of the steps of a period in which nothing is disturbed.
+
+    Args:
+        ends: When steps ended, on any clock: first the one before the first timed step.
+        period: Steps after which the same repeats, at most as many as are timed.
+    """
+    length = (ends[-1] - ends[0]) / (len(ends) - 1) * period
+    parts = min(max(int(length / _PART_SECONDS), 1), period)
+    borders = [part * period // parts for part in range(parts + 1)]
+    return (
+        sum(
+            undisturbed_mean([ends[at + late] - ends[at + early] for at in range(0, len(ends) - late, period)])
+            for early, late in itertools.pairwise(borders)
+        )
+        / period
+    )
 
 
 def steps_of_trial(expected: float, period: int, timed_seconds: float | None = None) -> tuple[int, int]:

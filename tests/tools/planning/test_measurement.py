@@ -178,7 +178,7 @@ def test_a_machine_that_becomes_slower_is_not_taken_for_ranks_that_wait(monkeypa
     monkeypatch.setattr(step_timer, "synchronised_time", lambda device: slow.now)
     timer = StepTimer(cast(Single, slow), lambda size: itertools.repeat(cast(Batch, None)), TwoAlike(), CPU)
     # After three seconds a step takes twice as long as at the beginning.
-    assert timer.spread(4, free=0.01) < 0.02
+    assert timer.spread(4, about=0.01) < 0.02
 
 
 def test_a_rank_is_busy_while_its_link_rests(monkeypatch: pytest.MonkeyPatch) -> None:
