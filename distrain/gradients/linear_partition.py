@@ -14,7 +14,7 @@ def linear_partition(
     sequence. Dynamic programming over (items, parts), exact, in O(items² · parts).
 
     Args:
-        weights: Weight of each item.
+        weights: Weight of each item, not negative.
         cut_costs: For each item, the cost of a cut directly after it.
         parts: Number of parts.
         allowed_cuts: Indices at which a part may begin, besides 0, in ascending order.
@@ -33,18 +33,25 @@ def linear_partition(
     def cost(start: int, stop: int) -> float:
         return sums[stop] - sums[start] + (cut_costs[stop - 1] if stop < count else 0.0)
 
+    stops = [*allowed_cuts, count]
     # best[stop]: the smallest possible largest cost over the first `stop` items in the parts so far, and their starts.
-    best: dict[int, tuple[float, list[int]]] = {stop: (cost(0, stop), [0]) for stop in [*allowed_cuts, count]}
-    for _ in range(parts - 1):
+    best: dict[int, tuple[float, list[int]]] = {stop: (cost(0, stop), [0]) for stop in stops}
+    for part in range(1, parts):
         with_one_more: dict[int, tuple[float, list[int]]] = {}
-        for stop in [*allowed_cuts, count]:
-            options = [
-                (max(largest, cost(start, stop)), [*starts, start])
-                for start, (largest, starts) in best.items()
-                if start < stop and start in allowed_cuts
-            ]
-            if options:
-                with_one_more[stop] = min(options)
+        for stop in stops if part < parts - 1 else [count]:
+            found: tuple[float, list[int]] | None = None
+            for start in reversed(allowed_cuts):
+                if start >= stop or start not in best:
+                    continue
+                last, (largest, starts) = cost(start, stop), best[start]
+                if found is not None and last > found[0]:
+                    # Parts that begin earlier cost more.
+                    break
+                if found is None or max(largest, last) <= found[0]:
+                    option = (max(largest, last), [*starts, start])
+                    found = option if found is None else min(option, found)
+            if found is not None:
+                with_one_more[stop] = found
         best = with_one_more
     if count not in best:
         raise ValueError(f"{parts} parts need {parts - 1} cuts, there are {len(allowed_cuts)}")

@@ -114,6 +114,8 @@ class _Rank:
     alike: int
     program: Program
     position: int = 0
+    #: The one at this position; ``None`` at the end of the program.
+    operation: Operation | None = field(init=False)
     since: float = 0.0
     #: Seconds of computation that are left of the current operation, alone at this rank's speed.
     remaining: float = 0.0
@@ -128,9 +130,13 @@ class _Rank:
     tokens: float = 0.0
     counted: float = 0.0
 
-    @property
-    def operation(self) -> Operation | None:
-        return self.program[self.position] if self.position < len(self.program) else None
+    def __post_init__(self) -> None:
+        self.go_to(0)
+
+    def go_to(self, position: int) -> None:
+        """Takes the operation at a position of the program."""
+        self.position = position
+        self.operation = self.program[position] if position < len(self.program) else None
 
 
 def simulate(
@@ -264,7 +270,7 @@ class _Simulation:
                 rank.burden = 0.0
                 if rank.remaining > 0:
                     return
-            rank.position += 1
+            rank.go_to(rank.position + 1)
 
     def _start(self, rank: _Rank, start: Start) -> None:
         transfer = self._transfers.setdefault(start.transfer, _Transfer(start.duration, start.ranks, start.channel))
@@ -333,5 +339,5 @@ class _Simulation:
         elif isinstance(operation, Wait):
             rank.waited += taken
             rank.lane.append(Span("wait", operation.stage, operation.microbatch, rank.since, self._now))
-        rank.position += 1
+        rank.go_to(rank.position + 1)
         self._begin(rank)

@@ -100,6 +100,13 @@ class _Step:
         starts = stage_starts(setting, stages, self._samples) if divided is None else divided.starts
         stops = [*starts[1:], len(workload.blocks)]
         self._stages = [workload.blocks[start:stop] for start, stop in zip(starts, stops, strict=True)]
+        #: By stage, and whether it is the forward pass: the same for all microbatches.
+        self._pass_seconds = {
+            (stage, forward): workload.deferred_factor
+            * sum(at(block.forward if forward else block.backward, self._samples) for block in blocks)
+            for stage, blocks in enumerate(self._stages)
+            for forward in (True, False)
+        }
 
     def predict(self, keys: dict[str, str]) -> Prediction:
         workload, cluster = self._setting.workload, self._setting.cluster
@@ -189,8 +196,7 @@ class _Step:
         if kind != "weight" and 0 <= before < count and self._rank_of_stage[before] != rank:
             operations.append(Wait(f"{direction} {before} {microbatch} {round_}", stage, microbatch))
         operations.append(Compute("overhead", self._setting.workload.action_seconds))
-        times = [at(block.forward if forward else block.backward, self._samples) for block in blocks]
-        seconds = self._setting.workload.deferred_factor * sum(times)
+        seconds = self._pass_seconds[stage, forward]
         operations.append(Compute(kind, seconds * (0.5 if kind in ("input", "weight") else 1.0), stage, microbatch))
         if kind != "weight":
             sums = [size for block in blocks for size in (block.forward_sums if forward else block.backward_sums)]
