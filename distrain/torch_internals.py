@@ -7,6 +7,7 @@ module of distrain uses a private name of torch.
 from __future__ import annotations
 
 import datetime
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -38,6 +39,23 @@ try:
 
     class DispatchMode(TorchDispatchMode):
         """Base class of what sees every operation inside a block."""
+
+        def __init_subclass__(cls, **options: Any) -> None:
+            """Leaves out what torch puts around the method: its compiler, whose import takes a second, shall skip it.
+
+            Where the compiler was imported already, it still does.
+            """
+            plain = cls.__dict__.get("__torch_dispatch__")
+            super().__init_subclass__(**options)  # type: ignore[no-untyped-call]
+            skipped = cls.__dict__.get("__torch_dispatch__")
+            if plain is None or skipped is None:
+                return
+
+            def dispatch(self: Any, *args: Any, **kwargs: Any) -> Any:
+                called = skipped if "torch._dynamo" in sys.modules else plain
+                return called(self, *args, **kwargs)
+
+            cls.__torch_dispatch__ = dispatch  # type: ignore[method-assign]
 
         def __init__(self) -> None:
             super().__init__()  # type: ignore[no-untyped-call]
@@ -128,19 +146,16 @@ def observe_operations(note: Callable[[Tensor], None]) -> AbstractContextManager
     Raises:
         NotImplementedError: This torch can't observe them; its users then do without.
     """
-    try:
-        from torch.utils._python_dispatch import TorchDispatchMode
-    except ImportError as error:
-        raise NotImplementedError(f"torch {torch.__version__} can't observe operations") from error
+    if not hasattr(DispatchMode, "__torch_dispatch__"):
+        raise NotImplementedError(f"torch {torch.__version__} can't observe operations")
 
-    class Observing(TorchDispatchMode):
+    class Observing(DispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             for tensor in tensors_in((args, kwargs)):
                 note(tensor)
             return func(*args, **(kwargs or {}))
 
-    mode: AbstractContextManager[Any] = Observing()  # type: ignore[no-untyped-call]
-    return mode
+    return Observing()
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -13,8 +13,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from typing_extensions import override
 
 from distrain.checkpoint.module_state import check_saveable
 from distrain.config.groups import ModelConfig
@@ -24,6 +22,7 @@ from distrain.models.base import DataDependentInit
 from distrain.models.build import instantiate_model, is_untold
 from distrain.models.foreign import ForeignModelConfig, auxiliary_weight, identity
 from distrain.models.outputs import NoLogits, auxiliary_logits, logits_of, other_outputs
+from distrain.models.without_values import fast_meta_passes
 from distrain.runtime.device import RandomState, seed_everything
 from distrain.torch_internals import BatchNorm, Dropout, apply_to_tensors, write_count
 
@@ -31,8 +30,6 @@ log = logging.getLogger(__name__)
 
 #: Floating-point operations that any CPU does in less than a second.
 _FAST_FLOPS = 1e11
-#: What fills a tensor with random numbers.
-_DRAWS = frozenset((Tensor.normal_, Tensor.uniform_))
 #: Seconds after which a trial says that it is still waiting for the model.
 _PATIENCE = 10.0
 
@@ -155,6 +152,10 @@ class ModelTrial:
             self._fill_with_zeros()
         self._check_training()
 
+    @staticmethod
+    def _fast_passes(device: str) -> AbstractContextManager[None]:
+        return fast_meta_passes() if device == "meta" else nullcontext()
+
     def _fill_with_zeros(self) -> None:
         # Not Module.to_empty: it calls torch.empty_like on meta tensors, and torch then needs a second to import the
         # code that computes shapes.
@@ -163,7 +164,7 @@ class ModelTrial:
 
     def _build(self, device: str) -> None:
         channels, *size = self._image_shape
-        with torch.device(device), _NoDrawsOnMeta():
+        with torch.device(device), self._fast_passes(device):
             self.model = instantiate_model(
                 self._config,
                 in_channels=channels,
@@ -330,7 +331,7 @@ class ModelTrial:
         """The model's output for images, if its logits are what is needed."""
         shape, mode = list(images.shape), "" if self.model.training else " in evaluation mode"
         try:
-            with self._autocast(), torch.device(self._device):
+            with self._autocast(), torch.device(self._device), self._fast_passes(self._device):
                 output: Any = self.model(images)
         except Exception as error:  # a user's forward may raise anything
             way_out = self._way_to_tell("channels") if self._image_shape[0] != 3 else ""
@@ -389,16 +390,6 @@ class ModelTrial:
         finally:
             timer.cancel()
             random_state.restore()
-
-
-class _NoDrawsOnMeta(TorchFunctionMode):
-    """Leaves out random values of tensors that have none, for which torch would import its compiler for a second."""
-
-    @override
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _DRAWS and args and args[0].device.type == "meta":
-            return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 class _Refused(Exception):

@@ -13,11 +13,12 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
 from distrain.communication.collectives import Communicator
 from distrain.errors import ConfigError, first_line
+from distrain.models.without_values import fast_meta_passes
 from distrain.runtime.live_memory import LiveMemory
 from distrain.strategies.pipeline import split
 from distrain.strategies.pipeline.blocks import named_blocks, trace_blocks
@@ -25,7 +26,7 @@ from distrain.strategies.pipeline.options import PipelineConfig
 from distrain.strategies.precision import Precision
 from distrain.strategies.trial_copy import trial_copy
 from distrain.tools.planning.workload import BlockMemory, BlockProfile
-from distrain.torch_internals import BatchNorm, storage_id, tensors_in
+from distrain.torch_internals import BatchNorm, DispatchMode, storage_id, tensors_in
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,20 @@ class BlockStructure:
         )
 
 
+class _FlopCounter(DispatchMode):
+    """Counts floating-point operations by torch's formulas; torch's own counter imports the compiler."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by torch instead of each operation."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
+        return result
+
+
 class _KernelCounter(TorchFunctionMode):
     """Counts functions whose result is a tensor in new memory: about as many kernels run on a device."""
 
@@ -161,7 +176,8 @@ def looked_at(
     if not needs_values and precision.name in ("fp32", "fp64"):
         try:
             # Not the model itself, whose values would be lost.
-            return look(copy.deepcopy(model).to("meta"), inputs.to("meta"))
+            with fast_meta_passes():
+                return look(copy.deepcopy(model).to("meta"), inputs.to("meta"))
         except Exception as error:  # a user's model may depend on values anywhere
             log.debug("the model is looked at with values: %s", first_line(error))
     return look(model, inputs)
@@ -240,7 +256,7 @@ class _Passes:
             hooks = torch.autograd.graph.saved_tensors_hooks(
                 functools.partial(self._save, index), lambda tensor: tensor
             )
-            with hooks, self._precision.autocast(), kernels, self._live, FlopCounterMode(display=False) as counter:
+            with hooks, self._precision.autocast(), kernels, self._live, _FlopCounter() as counter:
                 value = block(value)
             self._peaks[index] = self._peaks_at_end[index] = self._live.restart_peak()
             saves_output = all(storage_id(one) in self._storages for one in tensors_in(value))
@@ -255,7 +271,7 @@ class _Passes:
                 BlockStructure(
                     tuple(_bytes(tensor) for tensor in trained),
                     sum(_bytes(tensor) for tensor in own.values()),
-                    counter.get_total_flops() / len(self._inputs),
+                    counter.flops / len(self._inputs),
                     self._saved[index] / len(self._inputs),
                     sum(isinstance(layer, BatchNorm) for layer in block.modules()),
                     kernels.count,
