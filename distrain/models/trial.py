@@ -21,8 +21,8 @@ from distrain.models import tensors
 from distrain.models.base import DataDependentInit
 from distrain.models.build import instantiate_model, is_untold
 from distrain.models.foreign import ForeignModelConfig, auxiliary_weight, identity
+from distrain.models.meta_device import fast_meta_passes
 from distrain.models.outputs import NoLogits, auxiliary_logits, logits_of, other_outputs
-from distrain.models.without_values import fast_meta_passes
 from distrain.runtime.device import RandomState, seed_everything
 from distrain.torch_internals import BatchNorm, Dropout, apply_to_tensors, write_count
 

@@ -21,6 +21,7 @@ from distrain import torch_internals
 from distrain.communication.collectives import Communicator
 from distrain.errors import described
 from distrain.gradients.bucket_sizes import MIB
+from distrain.models.meta_device import fast_meta_passes
 from distrain.runtime.device import RandomState
 
 log = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ def observe(model: nn.Module, inputs: Tensor, *, shapes_only: bool = False) -> t
             inputs = inputs.to("meta")
         observed = copy.deepcopy(model, shared)
         observer = _Observer(observed)
-        with torch.no_grad(), torch_internals.observe_operations(observer.note):
+        with torch.no_grad(), fast_meta_passes(), torch_internals.observe_operations(observer.note):
             for training in (True, False):
                 observer.begin_pass()
                 observed.train(training)(inputs.clone())

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from distrain.communication.collectives import Communicator
 from distrain.errors import ConfigError, first_line
-from distrain.models.without_values import fast_meta_passes
+from distrain.models.meta_device import fast_meta_passes
 from distrain.runtime.live_memory import LiveMemory
 from distrain.strategies.pipeline import split
 from distrain.strategies.pipeline.blocks import named_blocks, trace_blocks

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distrain.models.without_values import fast_meta_passes
+from distrain.models.meta_device import fast_meta_passes
 
 FORWARD, BACKWARD = torch.ops.aten.native_batch_norm.default, torch.ops.aten.native_batch_norm_backward.default
 WITHOUT_COMPILER = """
 import sys
 import torch
 from torch import nn
-from distrain.models.without_values import fast_meta_passes
+from distrain.models.meta_device import fast_meta_passes
 from distrain.runtime.live_memory import LiveMemory
 from distrain.tools.planning.structure import _FlopCounter
 
