@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 
-#: Number of parts, and the share of them that counts.
-_PARTS, _COUNTED = 30, 0.1
+#: Most parts.
+_PARTS = 30
 #: Two times of the same thing differ by at most this share of the shorter one, unless the longer one was disturbed.
 _USUAL_DIFFERENCE = 0.1
-
-
-def undisturbed_mean(times: Sequence[float]) -> float:
-    """The mean of the fastest tenth of several parts of consecutive times of the same thing.
-
-    On a shared machine, what others do makes a processor slower for up to seconds: more than half of the time, if they
-    are busy. Parts count and not single times: where ranks take turns on a processor, the fastest times would be those
-    in which no other rank had its turn.
-    """
-    size = -(-len(times) // _PARTS)
-    means = sorted(statistics.mean(times[at : at + size]) for at in range(0, len(times), size))
-    return statistics.mean(means[: math.ceil(_COUNTED * len(means))])
 
 
 def undisturbed(times: Sequence[float]) -> float:
@@ -31,3 +18,14 @@ def undisturbed(times: Sequence[float]) -> float:
     """
     shortest = min(times)
     return statistics.mean(one for one in times if one <= (1 + _USUAL_DIFFERENCE) * shortest)
+
+
+def undisturbed_mean(times: Sequence[float]) -> float:
+    """As :func:`undisturbed`, of the means of several parts of many consecutive times.
+
+    On a shared machine, what others do makes a processor slower for up to seconds: more than half of the time, if they
+    are busy. Parts count and not single times: where ranks take turns on a processor, the fastest times would be those
+    in which no other rank had its turn.
+    """
+    size = -(-len(times) // _PARTS)
+    return undisturbed([statistics.mean(times[at : at + size]) for at in range(0, len(times), size)])
