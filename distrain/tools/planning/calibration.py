@@ -164,8 +164,9 @@ def calibrated(workload: Workload, cluster: Cluster, strategies: Sequence[str], 
         for unknown in _UNKNOWNS:
             if times := measured.get(unknown.strategy):
                 keys = chosen[unknown.strategy]["keys"]
-                value = _value(workload, cluster, values, unknown, keys, undisturbed(times))
+                # That of the round before is no part of what is already known.
                 values.pop(unknown.strategy, None)
+                value = _value(workload, cluster, values, unknown, keys, undisturbed(times))
                 if value is not None:
                     values[unknown.strategy] = value
     workload = _with_values(workload, values)
@@ -242,14 +243,13 @@ def _value(
     found = candidates.of_strategy(unknown.strategy, setting_of(workload, cluster))
     candidate = next(one for one in found if one.keys == keys)
 
-    def seconds(value: float) -> float:
-        changed = _with_values(workload, {**others, unknown.strategy: value})
+    def seconds(value: float | None) -> float:
+        changed = _with_values(workload, others if value is None else {**others, unknown.strategy: value})
         return candidate.predict(setting_of(changed, cluster)).seconds
 
     low, high = unknown.least, unknown.least + measured
     if measured <= seconds(low):
-        usual = candidate.predict(setting_of(_with_values(workload, others), cluster)).seconds
-        return low if seconds(low) < usual else None
+        return low if seconds(low) < seconds(None) else None
     if measured > seconds(_LARGE):
         return None
     while seconds(high) < measured:

@@ -249,7 +249,7 @@ def measure_divided(
         batch: Of as many samples as the measured steps have.
     """
     samples = len(batch)
-    # The first two steps, which make memory and kernels of other shapes, take up to twice as long as the next ones.
+    # The first two steps, which make memory and kernels of other shapes, take up to twice as long as the next one.
     timer.first_steps(samples)
     steps = timer.steps(samples, update=0.0)
     # The steps have made what the update needs: gradients and state.

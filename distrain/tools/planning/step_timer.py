@@ -160,10 +160,9 @@ class StepTimer:
         # what the others take after those have ended says nothing.
         while len(times) < fewest or time.perf_counter() - begin < seconds:
             times.append(self._step(batches))
-        mean: Callable[[Sequence[float]], float] = undisturbed_mean
-        if longest >= _LONG_STEP:
-            # Of ranks that take turns, one is faster in one step and another one in the next.
-            mean = statistics.mean if self._takes_turns else undisturbed
+        # Of ranks that take turns, one is faster in one long step and another one in the next.
+        all_count = self._takes_turns and longest >= _LONG_STEP
+        mean: Callable[[Sequence[float]], float] = statistics.mean if all_count else undisturbed_mean
         loading = mean([loaded for loaded, _ in times])
         passes = max(mean([taken for _, taken in times]) - update, 0.0)
         if together:

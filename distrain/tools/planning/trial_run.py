@@ -103,8 +103,9 @@ def step_seconds(
         clock = _StepClock(runtime.device)
         trainer.callbacks.append(clock)
         trainer.fit()
+        ends = clock.times[warm_up - 1 :]
         # A server takes no steps.
-        own = [mean_step(clock.times[warm_up - 1 :], period), 1.0] if clock.times else [0.0, 0.0]
+        own = [mean_step(ends, period), 1.0] if len(ends) > period else [0.0, 0.0]
         # A request to stop that came after the last step, at which the trainer would have followed it.
         own.append(float(runtime.stop_requested is not None))
         totals = torch.tensor(own, dtype=torch.float64, device=runtime.device)
